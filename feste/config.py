@@ -1,0 +1,168 @@
+"""The two configurations, `Config` (the model) and `TrainConfig` (the run), and the named presets.
+
+Both are frozen dataclasses that check themselves when they are made, so a configuration that exists is a
+valid one. `TrainConfig` carries a help sentence with each field: the command line is generated from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _dial(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a GPT-2 style transformer. Every value is checked; a bad one raises ValueError."""
+
+    vocab_size: int = 512
+    n_embd: int = 64
+    n_layers: int = 2
+    n_heads: int = 1
+    block_size: int = 64
+    dropout: float = 0.0
+    tie_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_embd", "n_layers", "n_heads", "block_size"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                     f"{name} must be a positive integer, got {value!r}")
+        _require(self.n_embd % self.n_heads == 0,
+                 f"n_embd must be divisible by n_heads, got n_embd={self.n_embd} and n_heads={self.n_heads}; "
+                 f"choose n_heads among the divisors of n_embd")
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout!r}")
+        _require(isinstance(self.tie_weights, bool), f"tie_weights must be a bool, got {self.tie_weights!r}")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_heads
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        return _from_dict(cls, values)
+
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: how long, how fast, on how much, and what is kept of it."""
+
+    num_steps: int = _dial(500, "optimizer steps of the whole run")
+    learning_rate: float = _dial(3e-3, "peak learning rate, reached after the warm-up")
+    seq_len: int = _dial(64, "tokens per sequence, at most the model's block_size")
+    batch_size: int = _dial(8, "sequences per mini-batch")
+    accumulation: int = _dial(1, "mini-batches whose gradients are added up for one optimizer step")
+    warmup_fraction: float = _dial(0.1, "share of the steps in which the learning rate rises linearly")
+    min_lr_fraction: float = _dial(0.1, "share of the peak learning rate at which the cosine decay ends")
+    weight_decay: float = _dial(0.1, "AdamW decay of matrices and embeddings")
+    beta1: float = _dial(0.9, "AdamW decay rate of the first moment")
+    beta2: float = _dial(0.95, "AdamW decay rate of the second moment")
+    eps: float = _dial(1e-8, "AdamW epsilon")
+    clip_norm: float = _dial(1.0, "global gradient norm above which gradients are scaled down")
+    patience: int = _dial(5000, "steps without a better validation loss after which the run stops early")
+    val_fraction: float = _dial(0.1, "share of the tokens, at the end, held out for validation")
+    val_interval: int = _dial(50, "steps between validations")
+    val_windows: int = _dial(64, "held-out windows in a validation, the same ones each time")
+    sample_interval: int = _dial(200, "steps between generated samples")
+    sample_tokens: int = _dial(100, "tokens per generated sample")
+    sample_prompt: str = _dial("To be, or not to be", "text that the samples continue")
+    checkpoint_interval: int = _dial(250, "steps between periodic checkpoints")
+    keep_last: int = _dial(3, "periodic checkpoints kept (best and final always are)")
+    seed: int = _dial(1337, "seed of the initial weights, the batches, dropout and the samples")
+    precision: str = _dial("fp32", "fp32, or bf16 to round matrix-product inputs to bfloat16")
+    threads: int = _dial(0, "threads of the kernels, 0 for one per available core")
+    on_nan: str = _dial("stop", "at a NaN or Inf: stop, or skip the step (stops after 10 in a row)")
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "seq_len", "batch_size", "accumulation", "patience", "val_interval",
+                     "val_windows", "sample_interval", "sample_tokens", "checkpoint_interval", "keep_last"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+        for name in ("learning_rate", "clip_norm", "eps"):
+            _require(0.0 < getattr(self, name) < float("inf"),
+                     f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name in ("warmup_fraction", "min_lr_fraction"):
+            _require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay!r}")
+        _require(0.0 < self.val_fraction < 1.0, f"val_fraction must be in (0, 1), got {self.val_fraction!r}")
+        _require(isinstance(self.seed, int) and self.seed >= 0, f"seed must be a non-negative integer, got {self.seed!r}")
+        _require(isinstance(self.threads, int) and self.threads >= 0, f"threads must be 0 or more, got {self.threads!r}")
+        _require(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        _require(self.on_nan in ("stop", "skip"), f"on_nan must be 'stop' or 'skip', got {self.on_nan!r}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.seq_len
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        return _from_dict(cls, values)
+
+
+def _from_dict(cls, values: dict):
+    unknown = set(values) - {f.name for f in fields(cls)}
+    _require(not unknown, f"unknown {cls.__name__} fields: {', '.join(sorted(unknown))}")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model with the run that suits it. Character limits of None mean the whole text."""
+
+    name: str
+    summary: str
+    model: Config
+    train: TrainConfig
+    tokenizer_chars: int | None = None
+    train_chars: int | None = None
+
+
+def _seed_presets() -> list[Preset]:
+    return [
+        Preset("tiny", "the fastest way to see a model learn",
+               Config(512, 64, 2, 1, 64), TrainConfig(500, 3e-3, 64, patience=5000), 200_000, 200_000),
+        Preset("small", "a balance of training speed and capacity",
+               Config(1024, 128, 3, 1, 128), TrainConfig(2000, 2e-3, 128, patience=5000), 500_000, 500_000),
+        Preset("medium", "multi-head attention and a longer context",
+               Config(1536, 256, 4, 4, 256), TrainConfig(8000, 3e-4, 256, patience=3000), 2_000_000, 2_000_000),
+        Preset("gpt2", "the GPT-2 small architecture on the whole corpus",
+               Config(20534, 768, 12, 12, 512), TrainConfig(5000, 3e-4, 512, patience=2000)),
+    ]
+
+
+def _study_presets() -> list[Preset]:
+    """Models that differ in one respect each, to compare what a shape is worth."""
+    def preset(name, summary, n_embd, n_layers, n_heads, block_size, learning_rate, num_steps):
+        return Preset(name, summary, Config(8192, n_embd, n_layers, n_heads, block_size),
+                      TrainConfig(num_steps, learning_rate, block_size))
+
+    return [
+        preset("pocket-bard", "a capable model that still fits in a pocket", 256, 6, 8, 448, 3e-4, 50_000),
+        preset("cyclops", "one attention head", 64, 2, 1, 64, 1e-3, 30_000),
+        preset("spider", "the cyclops with eight heads", 64, 2, 8, 64, 1e-3, 30_000),
+        preset("wide", "few wide layers, long context", 256, 4, 4, 1024, 3e-4, 30_000),
+        preset("long-context", "1,024 tokens of context", 256, 4, 4, 1024, 3e-4, 30_000),
+        preset("narrow", "many narrow layers with one head", 128, 6, 1, 1024, 3e-4, 30_000),
+        preset("short-context", "the long-context model with 128 tokens of context", 256, 4, 4, 128, 3e-4, 30_000),
+    ]
+
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _seed_presets() + _study_presets()}
