@@ -1,0 +1,273 @@
+"""The operations of a GPT-2 style transformer and their gradients, in plain NumPy.
+
+This page is the specification: every function here has a twin of the same signature in `_ops.pyx`, and the
+tests hold the twin to it. It is written to be read, and it computes in the precision of the arrays it is
+given: float64 for the gradient checks, float32 where the kernels' bits are of interest.
+
+The calling convention, here and in `_ops.pyx`:
+
+- outputs first, then inputs, then saved statistics, then sizes;
+- `d` prefixes a gradient: `dx` is the derivative of the loss with respect to `x`;
+- gradients of parameters are added to (`+=`), because several mini-batches may contribute to one step;
+  gradients of activations are written (`=`);
+- arrays are C-contiguous; rows is the number of tokens, B * T, where the operation does not care which is which.
+
+Shapes: B sequences, T tokens each, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
+"""
+
+import numpy as np
+
+GELU_SCALE = np.sqrt(2.0 / np.pi)  # the tanh form of GELU: Hendrycks and Gimpel 2016, arXiv:1606.08415
+GELU_CUBIC = 0.044715
+LAYERNORM_EPS = 1e-5
+
+
+# ---- matrix products ---------------------------------------------------------------------------------------
+
+
+def round_bf16(out, x, n):
+    """out (n) = x (n) rounded to bfloat16, ties to even, kept as float32. Subnormals become zero, as in hardware."""
+    bits = np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    exponent = bits & np.uint32(0x7F800000)
+    rounded = np.where(exponent == 0, bits & np.uint32(0x80000000), rounded)
+    is_nan = (exponent == 0x7F800000) & ((bits & np.uint32(0x007FFFFF)) != 0)
+    rounded = np.where(is_nan, (bits & np.uint32(0xFFFF0000)) | np.uint32(0x00400000), rounded)
+    out.reshape(-1)[:] = rounded.astype(np.uint32).view(np.float32)
+
+
+def _operand(x, bf16):
+    """A matrix-product input: as it is, or rounded to bfloat16."""
+    if not bf16:
+        return x
+    rounded = np.empty(x.shape, np.float32)
+    round_bf16(rounded, x, x.size)
+    return rounded.astype(x.dtype)
+
+
+def gemm(c, a, b, M, N, K, trans_a=False, trans_b=False, accumulate=False, bf16=False):
+    """c (M, N) = op(a) @ op(b), or += with accumulate; op(a) is (M, K), op(b) is (K, N), transposed as asked."""
+    a = a.reshape((K, M) if trans_a else (M, K))
+    b = b.reshape((N, K) if trans_b else (K, N))
+    product = (_operand(a, bf16).T if trans_a else _operand(a, bf16)) @ (
+        _operand(b, bf16).T if trans_b else _operand(b, bf16))
+    if accumulate:
+        c.reshape(M, N)[:] += product
+    else:
+        c.reshape(M, N)[:] = product
+
+
+def linear_forward(out, x, weight, bias, residual, rows, K, N, bf16=False):
+    """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N); residual may be None."""
+    gemm(out, x, weight, rows, N, K, bf16=bf16)
+    out.reshape(rows, N)[:] += bias
+    if residual is not None:
+        out.reshape(rows, N)[:] += residual.reshape(rows, N)
+
+
+def linear_backward_input(dx, dout, weight, rows, K, N, bf16=False):
+    """dx (rows, K) = dout (rows, N) @ weight (K, N)^T."""
+    gemm(dx, dout, weight, rows, K, N, trans_b=True, bf16=bf16)
+
+
+def linear_backward_weight(dweight, dbias, dout, x, rows, K, N, bf16=False):
+    """dweight (K, N) += x (rows, K)^T @ dout (rows, N);  dbias (N) += the column sums of dout."""
+    gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
+    dbias += dout.reshape(rows, N).sum(axis=0)
+
+
+# ---- embedding ---------------------------------------------------------------------------------------------
+
+
+def embedding_forward(out, ids, wte, wpe, B, T, C, position=0):
+    """out (B, T, C) = wte[ids] (V, C) + wpe[position + t] (block_size, C); ids (B, T)."""
+    out.reshape(B, T, C)[:] = wte[ids.reshape(B, T)] + wpe[position:position + T]
+
+
+def embedding_backward(dwte, dwpe, dout, ids, B, T, C):
+    """dwte[ids] += dout (B, T, C), one addition per occurrence of a token;  dwpe[t] += dout summed over B."""
+    dout = dout.reshape(B, T, C)
+    np.add.at(dwte, ids.reshape(B, T), dout)
+    dwpe[:T] += dout.sum(axis=0)
+
+
+# ---- layer normalisation -----------------------------------------------------------------------------------
+
+
+def layernorm_forward(out, mean, rstd, x, weight, bias, rows, C):
+    """out = (x - mean) * rstd * weight + bias, each row on its own. Ba et al. 2016, arXiv:1607.06450."""
+    x = x.reshape(rows, C)
+    mean[:] = x.mean(axis=1)
+    rstd[:] = 1.0 / np.sqrt(x.var(axis=1) + LAYERNORM_EPS)
+    out.reshape(rows, C)[:] = (x - mean[:, None]) * rstd[:, None] * weight + bias
+
+
+def layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd, dresidual, rows, C):
+    """Backward of layernorm_forward; dresidual (rows, C), if not None, is added to dx (and may be dx itself).
+
+    With xhat = (x - mean) * rstd and dxhat = dout * weight:
+    dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)), because mean and rstd depend on x too.
+    """
+    x, dout = x.reshape(rows, C), dout.reshape(rows, C)
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    dxhat = dout * weight
+    dweight += (dout * xhat).sum(axis=0)
+    dbias += dout.sum(axis=0)
+    result = rstd[:, None] * (dxhat - dxhat.mean(axis=1, keepdims=True)
+                              - xhat * (dxhat * xhat).mean(axis=1, keepdims=True))
+    if dresidual is not None:
+        result = dresidual.reshape(rows, C) + result
+    dx.reshape(rows, C)[:] = result
+
+
+# ---- GELU --------------------------------------------------------------------------------------------------
+
+
+def gelu_forward(out, x, n):
+    """out (n) = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    out[:] = 0.5 * x * (1.0 + np.tanh(GELU_SCALE * (x + GELU_CUBIC * x**3)))
+
+
+def gelu_backward(dx, out, dout, x, n):
+    """dx (n) = dout * gelu'(x), and out = gelu(x) once more: the next step needs it and it is not kept.
+
+    dx may be dout itself.
+    """
+    u = GELU_SCALE * (x + GELU_CUBIC * x**3)
+    du = GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * x**2)
+    tanh = np.tanh(u)
+    out[:] = 0.5 * x * (1.0 + tanh)
+    dx[:] = dout * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * du)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------
+
+
+def dropout_mask(p, key, first, n):
+    """The factors of dropout for the elements first .. first + n: 0 with probability p, else 1 / (1 - p).
+
+    A counter-based generator: the factor of an element depends on (key, its index) alone, so any thread can
+    make any part of the mask, and the backward pass makes it again. The hash is the finaliser of SplitMix64
+    (Steele, Lea and Flood 2014) over key + index * golden ratio; its upper 32 bits are compared with p * 2^32.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(key) + np.arange(first, first + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    keep = (z >> np.uint64(32)) >= np.uint64(int(p * 2**32))
+    return np.where(keep, 1.0 / (1.0 - p), 0.0)
+
+
+def dropout_forward(out, x, p, key, n):
+    """out (n) = x (n) * mask; out may be x itself. The backward pass is the same function applied to dout."""
+    out.reshape(-1)[:] = x.reshape(-1) * dropout_mask(p, key, 0, n)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+
+
+def _heads(qkv, B, T, H, D):
+    """q, k, v, each (B, H, T, D), from qkv (B, T, 3, H, D)."""
+    return np.moveaxis(qkv.reshape(B, T, 3, H, D), (2, 3), (0, 2))
+
+
+def _attention_mask(p, key, B, T, H):
+    """Dropout factors of the attention weights (B, H, T, T), element index ((b * H + h) * T + i) * T + j."""
+    return dropout_mask(p, key, 0, B * H * T * T).reshape(B, H, T, T) if p else 1.0
+
+
+def attention_forward(out, lse, qkv, B, T, H, D, p=0.0, key=0, bf16=False):
+    """Causal multi-head attention: out (B, T, C) from qkv (B, T, 3C); C = H * D.
+
+    scores = q k^T / sqrt(D) for keys up to the query's own position, weights = softmax(scores) with dropout
+    p, out = weights v. lse (B, H, T) keeps log(sum(exp(scores))), all the backward pass needs to make the
+    weights again. Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135.
+    """
+    q, k, v = (_operand(x, bf16) for x in _heads(qkv, B, T, H, D))
+    scores = q @ np.swapaxes(k, 2, 3) / np.sqrt(D)
+    scores[:, :, np.triu(np.ones((T, T), bool), 1)] = -np.inf
+    peak = scores.max(axis=3, keepdims=True)
+    lse.reshape(B, H, T)[:] = (peak + np.log(np.exp(scores - peak).sum(axis=3, keepdims=True)))[..., 0]
+    weights = np.exp(scores - lse.reshape(B, H, T, 1)) * _attention_mask(p, key, B, T, H)
+    out.reshape(B, T, H, D)[:] = np.moveaxis(_operand(weights, bf16) @ v, 1, 2)
+
+
+def attention_backward(dqkv, dout, qkv, out, lse, B, T, H, D, p=0.0, key=0, bf16=False):
+    """dqkv (B, T, 3C) from dout (B, T, C).
+
+    dv = weights^T dout;  dweights = dout v^T;  dscores = weights * (dweights - delta) with
+    delta = sum(dout * out) over a head's channels, which equals sum(weights * dweights) over the keys;
+    dq = dscores k / sqrt(D);  dk = dscores^T q / sqrt(D).
+    """
+    q, k, v = (_operand(x, bf16) for x in _heads(qkv, B, T, H, D))
+    do = np.moveaxis(dout.reshape(B, T, H, D), 2, 1)
+    delta = (do * np.moveaxis(out.reshape(B, T, H, D), 2, 1)).sum(axis=3, keepdims=True)
+    do = _operand(do, bf16)
+    scores = q @ np.swapaxes(k, 2, 3) / np.sqrt(D)
+    weights = np.exp(scores - lse.reshape(B, H, T, 1))
+    weights[:, :, np.triu(np.ones((T, T), bool), 1)] = 0.0
+    mask = _attention_mask(p, key, B, T, H)
+    dscores = _operand(weights * (do @ np.swapaxes(v, 2, 3) * mask - delta), bf16)
+    dq, dk, dv = _heads(dqkv, B, T, H, D)
+    dq[:] = dscores @ k / np.sqrt(D)
+    dk[:] = np.swapaxes(dscores, 2, 3) @ q / np.sqrt(D)
+    dv[:] = np.swapaxes(_operand(weights * mask, bf16), 2, 3) @ do
+
+
+def attention_decode(out, k_cache, v_cache, qkv, B, H, D, position, block_size):
+    """One token per sequence: store its k and v at `position` of the caches, attend to 0 .. position.
+
+    out (B, C) from qkv (B, 3C); k_cache and v_cache are (B, H, block_size, D).
+    """
+    q, k, v = _heads(qkv, B, 1, H, D)
+    k_cache.reshape(B, H, block_size, D)[:, :, position] = k[:, :, 0]
+    v_cache.reshape(B, H, block_size, D)[:, :, position] = v[:, :, 0]
+    keys = k_cache.reshape(B, H, block_size, D)[:, :, :position + 1]
+    values = v_cache.reshape(B, H, block_size, D)[:, :, :position + 1]
+    scores = (q @ np.swapaxes(keys, 2, 3))[:, :, 0] / np.sqrt(D)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    out.reshape(B, H, D)[:] = (weights[:, :, None] @ values)[:, :, 0]
+
+
+# ---- softmax cross-entropy ---------------------------------------------------------------------------------
+
+
+def cross_entropy_forward(losses, lse, logits, targets, rows, V):
+    """losses (rows) = lse - logits[target], in nats; lse (rows) = log(sum(exp(logits))), logits (rows, V)."""
+    logits = logits.reshape(rows, V)
+    peak = logits.max(axis=1)
+    lse[:] = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
+    losses[:] = lse - logits[np.arange(rows), targets.reshape(-1)]
+
+
+def cross_entropy_backward(dlogits, logits, targets, lse, scale, rows, V):
+    """dlogits (rows, V) = scale * (softmax(logits) - onehot(targets)); dlogits may be logits itself."""
+    probabilities = np.exp(logits.reshape(rows, V) - lse[:, None])
+    probabilities[np.arange(rows), targets.reshape(-1)] -= 1.0
+    dlogits.reshape(rows, V)[:] = scale * probabilities
+
+
+# ---- the optimizer -----------------------------------------------------------------------------------------
+
+
+def sum_of_squares(x, n):
+    """The sum of x (n) squared, in float64: the square of its norm."""
+    return float(np.sum(np.square(x.reshape(-1), dtype=np.float64)))
+
+
+def adamw_update(param, m, v, grad, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, t, zero_grad, n):
+    """One AdamW update of param (n) in place. Loshchilov and Hutter 2019, arXiv:1711.05101.
+
+    The gradient is multiplied by grad_scale first (clipping) and zeroed afterwards if zero_grad.
+    t counts updates from 1 and corrects the bias of the two moments m and v, which start at zero.
+    """
+    g = grad * grad_scale
+    m[:] = beta1 * m + (1.0 - beta1) * g
+    v[:] = beta2 * v + (1.0 - beta2) * g * g
+    m_hat = m / (1.0 - beta1**t)
+    v_hat = v / (1.0 - beta2**t)
+    param[:] = param - learning_rate * (weight_decay * param + m_hat / (np.sqrt(v_hat) + eps))
+    if zero_grad:
+        grad[:] = 0.0
