@@ -100,8 +100,9 @@ class TrainConfig:
             _require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay!r}")
         _require(0.0 < self.val_fraction < 1.0, f"val_fraction must be in (0, 1), got {self.val_fraction!r}")
-        _require(isinstance(self.seed, int) and self.seed >= 0, f"seed must be a non-negative integer, got {self.seed!r}")
-        _require(isinstance(self.threads, int) and self.threads >= 0, f"threads must be 0 or more, got {self.threads!r}")
+        for name in ("seed", "threads"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, f"{name} must be a non-negative integer, got {value!r}")
         _require(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         _require(self.on_nan in ("stop", "skip"), f"on_nan must be 'stop' or 'skip', got {self.on_nan!r}")
 
