@@ -20,7 +20,7 @@ Design:
 cimport cython
 cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport log, logf, sqrt, sqrtf
+from libc.math cimport INFINITY, logf, sqrt, sqrtf
 from libc.stdint cimport int32_t, uint64_t
 from libc.string cimport memcpy, memset
 from openmp cimport omp_get_max_threads
@@ -40,6 +40,7 @@ cdef extern from "_simd.h" nogil:
     vf vload_part(const float* p, Py_ssize_t n, float fill)
     void vstore_part(float* p, vf x, Py_ssize_t n)
     vi viset(int32_t x)
+    vf vfloat(vi x)
     vf vfma(vf a, vf b, vf c)
     vf vmax(vf a, vf b)
     float vsum(vf x)
@@ -75,8 +76,8 @@ def get_num_threads():
 cdef void* _array(cnp.ndarray x, int dtype, str dtype_name, Py_ssize_t rows, Py_ssize_t cols, str name,
                   bint output) except NULL:
     if (cnp.PyArray_TYPE(x) != dtype or not cnp.PyArray_ISCARRAY_RO(x) or cnp.PyArray_NDIM(x) == 0
-            or cnp.PyArray_SIZE(x) != rows * cols or cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != cols
-            or cnp.PyArray_SIZE(x) == 0 or (output and not cnp.PyArray_ISWRITEABLE(x))):
+            or cnp.PyArray_SIZE(x) != rows * cols
+            or (rows != 1 and cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != cols) or cnp.PyArray_SIZE(x) == 0 or (output and not cnp.PyArray_ISWRITEABLE(x))):
         raise ValueError(
             f"{name} must be a C-contiguous, aligned{', writeable' if output else ''} {dtype_name} array of "
             f"{rows} x {cols} elements, got {(<object>x).dtype} of shape {(<object>x).shape}"
@@ -116,6 +117,25 @@ cdef void* scratch(size_t size) except NULL:
     if data == NULL:
         raise MemoryError(f"no memory for a work space of {size} bytes")
     return data
+
+
+# ---- rows that are no multiple of VL -----------------------------------------------------------------------
+
+cdef enum:
+    SERIAL = 16384  # elements up to which a second thread costs more than it brings
+
+
+cdef inline vf part(const float* x, Py_ssize_t n) noexcept nogil:
+    """The next vector of a row with n elements left, zero beyond its end."""
+    return vload(x) if n >= VL else vload_part(x, n, 0)
+
+
+cdef inline void put(float* x, vf value, Py_ssize_t n) noexcept nogil:
+    """Its way back."""
+    if n >= VL:
+        vstore(x, value)
+    else:
+        vstore_part(x, value, n)
 
 
 # ---- GEMM --------------------------------------------------------------------------------------------------
@@ -268,11 +288,6 @@ cdef void pack_panel(float* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t c
         for k in range(whole_k, kc):
             for j in range(NR):
                 panel[k * NR + j] = b[k + j * cs_b]
-
-
-cdef inline vf part(const float* x, Py_ssize_t n) noexcept nogil:
-    """The first n elements of a vector, zero beyond; n may be negative or more than VL."""
-    return vload(x) if n >= VL else vload_part(x, n, 0)
 
 
 cdef void pack_panel_bf16(int32_t* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
@@ -451,3 +466,791 @@ def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N
     disjoint(c, "c", a, "a")
     disjoint(c, "c", b, "b")
     run_gemm(&g)
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------
+
+cdef enum:
+    ROW_TILE = 64     # rows whose partial sums are added up on their own before they join the total
+    STRIPE = 512      # columns of a task when one row is multiplied
+
+
+cdef void dot_rows(float* out, const float* x, const float* weight, const float* bias, Py_ssize_t n,
+                   Py_ssize_t K) noexcept nogil:
+    """out (n) = weight (n, K) x (K) + bias, rows of weight contiguous."""
+    cdef Py_ssize_t i, kb, k
+    cdef vf acc0, acc1
+    cdef const float* w
+    for i in range(n):
+        w = weight + i * K
+        acc0 = acc1 = vset(0)
+        for kb in range(K // (2 * VL)):
+            k = kb * 2 * VL
+            acc0 = vfma(vload(x + k), vload(w + k), acc0)
+            acc1 = vfma(vload(x + k + VL), vload(w + k + VL), acc1)
+        k = K // (2 * VL) * 2 * VL
+        acc0 = vfma(part(x + k, K - k), part(w + k, K - k), acc0)
+        if K - k > VL:
+            acc1 = vfma(part(x + k + VL, K - k - VL), part(w + k + VL, K - k - VL), acc1)
+        out[i] = vsum(acc0 + acc1) + (bias[i] if bias != NULL else 0)
+
+
+cdef void add_scaled_rows(float* out, const float* x, const float* weight, Py_ssize_t n, Py_ssize_t K,
+                          Py_ssize_t N) noexcept nogil:
+    """out (n) += x (K) weight (K, n), rows of weight N apart: four rows for each pass over out."""
+    cdef Py_ssize_t k, j, jb
+    cdef const float* w
+    cdef vf acc
+    for k in range(0, K - 3, 4):
+        w = weight + k * N
+        for jb in range(n // VL):
+            j = jb * VL
+            acc = vfma(vset(x[k]), vload(w + j), vload(out + j))
+            acc = vfma(vset(x[k + 1]), vload(w + N + j), acc)
+            acc = vfma(vset(x[k + 2]), vload(w + 2 * N + j), acc)
+            vstore(out + j, vfma(vset(x[k + 3]), vload(w + 3 * N + j), acc))
+        for j in range(n // VL * VL, n):
+            out[j] = out[j] + x[k] * w[j] + x[k + 1] * w[N + j] + x[k + 2] * w[2 * N + j] + x[k + 3] * w[3 * N + j]
+    for k in range(K // 4 * 4, K):
+        for j in range(n):
+            out[j] = out[j] + x[k] * weight[k * N + j]
+
+
+cdef void row_product(const Gemm* g) noexcept nogil:
+    """M = 1, a token at a time: the speed is that of reading b once, so nothing is packed."""
+    cdef Py_ssize_t task, j, n
+    for task in prange(ceil_div(g.N, STRIPE), schedule='static', num_threads=n_threads):
+        j = task * STRIPE
+        n = min(STRIPE, g.N - j)
+        if g.rs_b == 1:
+            dot_rows(g.c + j, g.a, g.b + j * g.cs_b, g.bias + j if g.bias != NULL else NULL, n, g.K)
+        else:
+            if g.bias != NULL:
+                memcpy(g.c + j, g.bias + j, n * sizeof(float))
+            else:
+                memset(g.c + j, 0, n * sizeof(float))
+            add_scaled_rows(g.c + j, g.a, g.b + j, n, g.K, g.N)
+
+
+cdef void add_column_sums(float* out, const float* x, Py_ssize_t rows, Py_ssize_t N) noexcept nogil:
+    """out (N) += the sum of the rows of x (rows, N), ROW_TILE rows at a time, so that rounding grows slowly."""
+    cdef Py_ssize_t task, tile, i, j
+    cdef vf acc
+    for task in prange(ceil_div(N, VL), schedule='static', num_threads=n_threads,
+                       use_threads_if=rows * N > SERIAL):
+        j = task * VL
+        for tile in range(ceil_div(rows, ROW_TILE)):
+            acc = vset(0)
+            for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
+                acc = acc + part(x + i * N + j, N - j)
+            put(out + j, part(out + j, N - j) + acc, N - j)
+
+
+def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, cnp.ndarray residual,
+                   Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
+    cdef Gemm g
+    g.c, g.ldc = output(out, rows, N, "out"), N
+    g.a, g.rs_a, g.cs_a = input(x, rows, K, "x"), K, 1
+    g.b, g.rs_b, g.cs_b = input(weight, K, N, "weight"), N, 1
+    g.bias = input(bias, 1, N, "bias")
+    g.start = input(residual, rows, N, "residual") if residual is not None else NULL
+    g.M, g.N, g.K, g.bf16 = rows, N, K, bf16
+    disjoint(out, "out", x, "x")
+    disjoint(out, "out", weight, "weight")
+    disjoint(out, "out", bias, "bias")
+    if residual is not None:
+        disjoint(out, "out", residual, "residual")
+    run_gemm(&g)
+
+
+def linear_backward_input(cnp.ndarray dx, cnp.ndarray dout, cnp.ndarray weight, Py_ssize_t rows, Py_ssize_t K,
+                          Py_ssize_t N, bint bf16=False):
+    # out = x @ weight + bias   ->   dx = dout @ weight^T
+    gemm(dx, dout, weight, rows, K, N, trans_b=True, bf16=bf16)
+
+
+def linear_backward_weight(cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray dout, cnp.ndarray x,
+                           Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
+    # out = x @ weight + bias   ->   dweight = x^T @ dout, dbias = the sum of dout over the rows
+    cdef float* db = output(dbias, 1, N, "dbias")
+    cdef const float* do = input(dout, rows, N, "dout")
+    disjoint(dbias, "dbias", dout, "dout")
+    disjoint(dbias, "dbias", dweight, "dweight")
+    gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
+    with nogil:
+        add_column_sums(db, do, rows, N)
+
+
+# ---- embedding ---------------------------------------------------------------------------------------------
+
+def embedding_forward(cnp.ndarray out, cnp.ndarray ids, cnp.ndarray wte, cnp.ndarray wpe, Py_ssize_t B,
+                      Py_ssize_t T, Py_ssize_t C, Py_ssize_t position=0):
+    cdef Py_ssize_t V = cnp.PyArray_SIZE(wte) // C, block_size = cnp.PyArray_SIZE(wpe) // C
+    cdef float* o = output(out, B * T, C, "out")
+    cdef const float* te = input(wte, V, C, "wte")
+    cdef const float* pe = input(wpe, block_size, C, "wpe")
+    cdef const int32_t* token = index(ids, B, T, V, "ids")
+    cdef Py_ssize_t i, j, jb, t
+    if position < 0 or position + T > block_size:
+        raise ValueError(f"positions {position} .. {position + T - 1} lie outside wpe's 0 .. {block_size - 1}")
+    disjoint(out, "out", wte, "wte")
+    disjoint(out, "out", wpe, "wpe")
+    for i in prange(B * T, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=B * T * C > SERIAL):
+        t = position + i % T
+        for jb in range(ceil_div(C, VL)):
+            j = jb * VL
+            put(o + i * C + j, part(te + token[i] * C + j, C - j) + part(pe + t * C + j, C - j),
+                        min(VL, C - j))
+
+
+def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp.ndarray ids, Py_ssize_t B,
+                       Py_ssize_t T, Py_ssize_t C):
+    # out[b, t] = wte[ids[b, t]] + wpe[t]   ->   dwte[ids[b, t]] += dout[b, t], dwpe[t] += dout[b, t]
+    # A token may stand anywhere in the batch, so tasks share out the channels, and each adds in token order.
+    cdef Py_ssize_t V = cnp.PyArray_SIZE(dwte) // C, block_size = cnp.PyArray_SIZE(dwpe) // C
+    cdef float* te = output(dwte, V, C, "dwte")
+    cdef float* pe = output(dwpe, block_size, C, "dwpe")
+    cdef const float* do = input(dout, B * T, C, "dout")
+    cdef const int32_t* token = index(ids, B, T, V, "ids")
+    cdef Py_ssize_t task, i, j
+    cdef float* row
+    cdef vf grad
+    if T > block_size:
+        raise ValueError(f"{T} positions do not fit the {block_size} rows of dwpe")
+    disjoint(dwte, "dwte", dout, "dout")
+    disjoint(dwpe, "dwpe", dout, "dout")
+    disjoint(dwte, "dwte", dwpe, "dwpe")
+    for task in prange(ceil_div(C, VL), nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=B * T * C > SERIAL):
+        j = task * VL
+        for i in range(B * T):
+            grad = part(do + i * C + j, C - j)
+            row = te + token[i] * C + j
+            put(row, part(row, C - j) + grad, C - j)
+            row = pe + i % T * C + j
+            put(row, part(row, C - j) + grad, C - j)
+
+
+# ---- layer normalisation -----------------------------------------------------------------------------------
+
+cdef float LAYERNORM_EPS = 1e-5
+
+
+cdef void layernorm_row(float* out, float* mean, float* rstd, const float* x, const float* weight,
+                        const float* bias, Py_ssize_t C) noexcept nogil:
+    cdef Py_ssize_t j, jb, blocks = ceil_div(C, VL)
+    cdef vf acc = vset(0), mu, scale, centred
+    for jb in range(blocks):
+        acc = acc + part(x + jb * VL, C - jb * VL)
+    mean[0] = vsum(acc) / C
+    mu = vset(mean[0])
+    acc = vset(0)
+    for jb in range(blocks):
+        j = jb * VL
+        centred = vload(x + j) - mu if j + VL <= C else vload_part(x + j, C - j, mean[0]) - mu
+        acc = vfma(centred, centred, acc)
+    rstd[0] = 1 / sqrtf(vsum(acc) / C + LAYERNORM_EPS)
+    scale = vset(rstd[0])
+    for jb in range(blocks):
+        j = jb * VL
+        put(out + j, vfma((part(x + j, C - j) - mu) * scale, part(weight + j, C - j), part(bias + j, C - j)),
+                    min(VL, C - j))
+
+
+def layernorm_forward(cnp.ndarray out, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray x, cnp.ndarray weight,
+                      cnp.ndarray bias, Py_ssize_t rows, Py_ssize_t C):
+    cdef float* o = output(out, rows, C, "out")
+    cdef float* mu = output(mean, 1, rows, "mean")
+    cdef float* rs = output(rstd, 1, rows, "rstd")
+    cdef const float* px = input(x, rows, C, "x")
+    cdef const float* w = input(weight, 1, C, "weight")
+    cdef const float* b = input(bias, 1, C, "bias")
+    cdef Py_ssize_t i
+    disjoint(out, "out", x, "x")
+    disjoint(out, "out", weight, "weight")
+    disjoint(out, "out", bias, "bias")
+    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * C > SERIAL):
+        layernorm_row(o + i * C, mu + i, rs + i, px + i * C, w, b, C)
+
+
+cdef void layernorm_backward_row(float* dx, float* dweight, float* dbias, const float* dout, const float* x,
+                                 const float* weight, float mean, float rstd, const float* dresidual,
+                                 Py_ssize_t C) noexcept nogil:
+    """dx of one row; dweight and dbias are a tile's partial sums."""
+    cdef Py_ssize_t j, jb, blocks = ceil_div(C, VL)
+    cdef vf mu = vset(mean), scale = vset(rstd), sum_d = vset(0), sum_dx = vset(0)
+    cdef vf xhat, dxhat, do, mean_d, mean_dx
+    for jb in range(blocks):
+        j = jb * VL
+        do = part(dout + j, C - j)
+        xhat = (part(x + j, C - j) - mu) * scale
+        put(dweight + j, vfma(do, xhat, part(dweight + j, C - j)), C - j)
+        put(dbias + j, part(dbias + j, C - j) + do, C - j)
+        dxhat = do * part(weight + j, C - j)
+        sum_d = sum_d + dxhat
+        sum_dx = vfma(dxhat, xhat, sum_dx)
+    mean_d = vset(vsum(sum_d) / C)
+    mean_dx = vset(vsum(sum_dx) / C)
+    for jb in range(blocks):
+        j = jb * VL
+        xhat = (part(x + j, C - j) - mu) * scale
+        dxhat = part(dout + j, C - j) * part(weight + j, C - j)
+        dxhat = scale * (dxhat - mean_d - xhat * mean_dx)
+        if dresidual != NULL:
+            dxhat = part(dresidual + j, C - j) + dxhat
+        put(dx + j, dxhat, C - j)
+
+
+def layernorm_backward(cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray dout, cnp.ndarray x,
+                       cnp.ndarray weight, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray dresidual,
+                       Py_ssize_t rows, Py_ssize_t C):
+    # out = (x - mean) * rstd * weight + bias
+    cdef float* gx = output(dx, rows, C, "dx")
+    cdef float* gw = output(dweight, 1, C, "dweight")
+    cdef float* gb = output(dbias, 1, C, "dbias")
+    cdef const float* do = input(dout, rows, C, "dout")
+    cdef const float* px = input(x, rows, C, "x")
+    cdef const float* w = input(weight, 1, C, "weight")
+    cdef const float* mu = input(mean, 1, rows, "mean")
+    cdef const float* rs = input(rstd, 1, rows, "rstd")
+    cdef const float* gr = input(dresidual, rows, C, "dresidual") if dresidual is not None else NULL
+    cdef Py_ssize_t tiles = ceil_div(rows, ROW_TILE), tile, i, j
+    cdef float* partial = <float*>scratch(tiles * 2 * C * sizeof(float))
+    cdef float* pw
+    disjoint(dx, "dx", dout, "dout")
+    disjoint(dx, "dx", x, "x")
+    disjoint(dx, "dx", weight, "weight")
+    for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads):
+        pw = partial + tile * 2 * C
+        memset(pw, 0, 2 * C * sizeof(float))
+        for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
+            layernorm_backward_row(gx + i * C, pw, pw + C, do + i * C, px + i * C, w, mu[i], rs[i],
+                                   gr + i * C if gr != NULL else NULL, C)
+    with nogil:
+        for tile in range(tiles):
+            pw = partial + tile * 2 * C
+            for j in range(C):
+                gw[j] += pw[j]
+                gb[j] += pw[C + j]
+
+
+# ---- GELU --------------------------------------------------------------------------------------------------
+
+cdef float GELU_CUBIC = 0.044715
+cdef float GELU_TWICE_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi): 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u))
+
+
+cdef inline vf gelu_gate(vf x) noexcept nogil:
+    """0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    cdef vf twice_u = vset(GELU_TWICE_SCALE) * x * vfma(vset(GELU_CUBIC) * x, x, vset(1))
+    return vset(1) / (vset(1) + vexp(vset(0) - twice_u))
+
+
+def gelu_forward(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):
+    cdef float* o = output(out, 1, n, "out")
+    cdef const float* px = input(x, 1, n, "x")
+    cdef Py_ssize_t task, i
+    cdef vf v
+    disjoint(out, "out", x, "x")
+    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=n > SERIAL):
+        i = task * VL
+        v = part(px + i, n - i)
+        put(o + i, v * gelu_gate(v), n - i)
+
+
+def gelu_backward(cnp.ndarray dx, cnp.ndarray out, cnp.ndarray dout, cnp.ndarray x, Py_ssize_t n):
+    # out = x * gate(u), gate = 1 / (1 + exp(-2u))  ->  dx = dout * (gate + x * gate * (1 - gate) * 2 du/dx)
+    cdef float* gx = output(dx, 1, n, "dx")
+    cdef float* o = output(out, 1, n, "out")
+    cdef const float* do = input(dout, 1, n, "dout")
+    cdef const float* px = input(x, 1, n, "x")
+    cdef Py_ssize_t task, i
+    cdef vf v, gate, twice_du
+    disjoint(dx, "dx", x, "x")
+    disjoint(dx, "dx", out, "out")
+    disjoint(out, "out", x, "x")
+    disjoint(out, "out", dout, "dout")
+    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=n > SERIAL):
+        i = task * VL
+        v = part(px + i, n - i)
+        gate = gelu_gate(v)
+        put(o + i, v * gate, n - i)
+        twice_du = vset(GELU_TWICE_SCALE) * vfma(vset(3 * GELU_CUBIC) * v, v, vset(1))
+        put(gx + i, part(do + i, n - i) * vfma(v * gate * (vset(1) - gate), twice_du, gate), n - i)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------
+
+cdef inline float dropout_factor(uint64_t key, uint64_t i, uint64_t threshold, float kept) noexcept nogil:
+    """0 or kept = 1 / (1 - p), from (key, i) alone: see reference.dropout_mask."""
+    cdef uint64_t z = key + i * <uint64_t>0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * <uint64_t>0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return kept if (z >> 32) >= threshold else 0
+
+
+cdef int check_dropout(double p) except -1:
+    if not 0 <= p < 1:
+        raise ValueError(f"the dropout probability must be in [0, 1), got {p}")
+    return 0
+
+
+def dropout_forward(cnp.ndarray out, cnp.ndarray x, double p, uint64_t key, Py_ssize_t n):
+    cdef float* o = output(out, 1, n, "out")
+    cdef const float* px = input(x, 1, n, "x")
+    cdef uint64_t threshold = <uint64_t>(p * 4294967296.0)
+    cdef float kept = <float>(1 / (1 - p))
+    cdef Py_ssize_t i
+    check_dropout(p)
+    if o != px:
+        disjoint(out, "out", x, "x")
+    for i in prange(n, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
+        o[i] = px[i] * dropout_factor(key, i, threshold, kept)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+#
+# A task is one head of one sequence. Its keys and values are packed into panels once; then QUERY_STRIPS * MR
+# queries at a time go through scores -> softmax -> out, so memory grows with T, not with T^2. Above the
+# diagonal whole register tiles are left out; inside a tile the weights are zero.
+
+cdef enum:
+    QUERY_STRIPS = 8
+
+
+cdef struct Heads:
+    Py_ssize_t B, T, H, D
+    Py_ssize_t Tp, Dp      # T and D rounded up to whole panels
+    Py_ssize_t ld          # row length of a block of scores
+    Py_ssize_t queries     # rows of a block
+    Py_ssize_t stride      # from a token to the next in qkv: 3C
+    float scale            # 1 / sqrt(D)
+    double p               # attention dropout
+    uint64_t key, threshold
+    float kept
+
+
+cdef int describe_heads(Heads* h, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_ssize_t D, double p,
+                        uint64_t key) except -1:
+    check_dropout(p)
+    h.B, h.T, h.H, h.D = B, T, H, D
+    h.Tp, h.Dp = ceil_div(T, NR) * NR, ceil_div(D, NR) * NR
+    h.ld = h.Tp + NR
+    h.queries = QUERY_STRIPS * MR
+    h.stride = 3 * H * D
+    h.scale = <float>(1 / sqrt(<double>D))
+    h.p, h.key, h.threshold, h.kept = p, key, <uint64_t>(p * 4294967296.0), <float>(1 / (1 - p))
+    return 0
+
+
+cdef void pack_panels(float* panels, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t k,
+                      Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t p
+    for p in range(ceil_div(n, NR)):
+        pack_panel(panels + p * k * NR, b + p * NR * cs_b, rs_b, cs_b, k, min(NR, n - p * NR))
+
+
+cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, Py_ssize_t m, Py_ssize_t rows,
+                    Py_ssize_t D) noexcept nogil:
+    """out (rows, D) = scale * x (m, D), rows of x stride apart, zero beyond m."""
+    cdef Py_ssize_t i, j
+    for i in range(m):
+        for j in range(D):
+            out[i * D + j] = scale * x[i * stride + j]
+    memset(out + m * D, 0, (rows - m) * D * sizeof(float))
+
+
+cdef inline Py_ssize_t keys_of_strip(const Heads* h, Py_ssize_t first) noexcept nogil:
+    """Keys that a strip of MR queries from `first` may see: up to its last query."""
+    return min(first + MR, h.T)
+
+
+cdef void score_block(float* scores, const float* q, const float* k_panels, const Heads* h, Py_ssize_t first,
+                      Py_ssize_t m) noexcept nogil:
+    """scores (m, ld) = q (m, D) k^T, strip by strip up to the diagonal."""
+    cdef Py_ssize_t strip, i
+    for strip in range(ceil_div(m, MR)):
+        i = strip * MR
+        macro_kernel(scores + i * h.ld, h.ld, q + i * h.D, h.D, 1, k_panels, h.D * NR, NULL, 0, NULL, MR,
+                     keys_of_strip(h, first + i), h.D, False)
+
+
+cdef float softmax_row(float* scores, Py_ssize_t n, Py_ssize_t limit) noexcept nogil:
+    """scores (n) become their softmax, zero from n to limit; returns log(sum(exp(scores)))."""
+    cdef Py_ssize_t j, jb, blocks = ceil_div(n, VL)
+    cdef vf peak = vset(scores[0]), total = vset(0), e
+    cdef float top, inverse, sum_exp
+    for j in range(n, blocks * VL):
+        scores[j] = -INFINITY
+    for jb in range(blocks):
+        peak = vmax(peak, vload(scores + jb * VL))
+    top = vpeak(peak)
+    for jb in range(blocks):
+        e = vexp(vload(scores + jb * VL) - vset(top))
+        vstore(scores + jb * VL, e)
+        total = total + e
+    sum_exp = vsum(total)
+    inverse = 1 / sum_exp
+    for jb in range(blocks):
+        vstore(scores + jb * VL, vload(scores + jb * VL) * vset(inverse))
+    for j in range(n, max(limit, blocks * VL)):
+        scores[j] = 0
+    return top + logf(sum_exp)
+
+
+cdef void drop_row(float* row, const Heads* h, Py_ssize_t head, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    cdef uint64_t first = (<uint64_t>head * h.T + i) * h.T
+    cdef Py_ssize_t j
+    for j in range(n):
+        row[j] = row[j] * dropout_factor(h.key, first + j, h.threshold, h.kept)
+
+
+cdef void attention_forward_head(float* out, float* lse, const float* qkv, float* work, const Heads* h,
+                                 Py_ssize_t head) noexcept nogil:
+    cdef Py_ssize_t C = h.H * h.D, b = head // h.H, at = head % h.H * h.D
+    cdef const float* q = qkv + b * h.T * h.stride + at
+    cdef float* k_panels = work
+    cdef float* v_panels = k_panels + h.Tp * h.D
+    cdef float* q_block = v_panels + h.Dp * h.T
+    cdef float* scores = q_block + h.queries * h.D
+    cdef Py_ssize_t block, first, i, m, n, strip
+    pack_panels(k_panels, q + C, 1, h.stride, h.D, h.T)
+    pack_panels(v_panels, q + 2 * C, h.stride, 1, h.T, h.D)
+    for block in range(ceil_div(h.T, h.queries)):
+        first = block * h.queries
+        m = min(h.queries, h.T - first)
+        copy_rows(q_block, q + first * h.stride, h.stride, h.scale, m, h.queries, h.D)
+        score_block(scores, q_block, k_panels, h, first, m)
+        for i in range(m):
+            n = first + i + 1
+            lse[head * h.T + first + i] = softmax_row(scores + i * h.ld, n, keys_of_strip(h, first + i // MR * MR))
+            if h.p > 0:
+                drop_row(scores + i * h.ld, h, head, first + i, n)
+        for strip in range(ceil_div(m, MR)):
+            i = strip * MR
+            macro_kernel(out + (b * h.T + first + i) * C + at, C, scores + i * h.ld, h.ld, 1, v_panels, h.T * NR,
+                         NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
+
+
+def attention_forward(cnp.ndarray out, cnp.ndarray lse, cnp.ndarray qkv, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H,
+                      Py_ssize_t D, double p=0.0, uint64_t key=0):
+    cdef float* o = output(out, B * T, H * D, "out")
+    cdef float* l = output(lse, 1, B * H * T, "lse")
+    cdef const float* x = input(qkv, B * T, 3 * H * D, "qkv")
+    cdef Heads h
+    describe_heads(&h, B, T, H, D, p, key)
+    disjoint(out, "out", qkv, "qkv")
+    disjoint(lse, "lse", qkv, "qkv")
+    disjoint(lse, "lse", out, "out")
+    cdef Py_ssize_t size = h.Tp * D + h.Dp * T + h.queries * (D + h.ld), head
+    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
+    for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
+        attention_forward_head(o, l, x, work + threadid() * size, &h, head)
+
+
+cdef void score_gradients(float* weights, float* dweights, const float* delta, const float* lse, const Heads* h,
+                          Py_ssize_t head, Py_ssize_t first, Py_ssize_t m) noexcept nogil:
+    """From scores and dweights (m, ld) make weights (with dropout) and dscores, in place.
+
+    weights = exp(scores - lse) * mask;  dscores = exp(scores - lse) * (mask * dweights - delta)
+    """
+    cdef Py_ssize_t i, j, jb, n, limit
+    cdef float* w
+    cdef float* dw
+    cdef float factor
+    cdef vf e
+    for i in range(ceil_div(m, MR) * MR):
+        w = weights + i * h.ld
+        dw = dweights + i * h.ld
+        limit = keys_of_strip(h, first + i // MR * MR)
+        n = first + i + 1 if i < m else 0
+        for jb in range(ceil_div(n, VL)):
+            j = jb * VL
+            e = vexp(part(w + j, n - j) - vset(lse[i]))
+            if h.p == 0:
+                put(dw + j, e * (part(dw + j, n - j) - vset(delta[i])), n - j)
+            put(w + j, e, n - j)
+        if h.p > 0:
+            for j in range(n):
+                factor = dropout_factor(h.key, (<uint64_t>head * h.T + first + i) * h.T + j, h.threshold, h.kept)
+                dw[j] = w[j] * (factor * dw[j] - delta[i])
+                w[j] = factor * w[j]
+        for j in range(n, limit):
+            w[j] = 0
+            dw[j] = 0
+
+
+cdef void key_gradients(float* dkv, const float* weights, const float* panels, const Heads* h, Py_ssize_t first,
+                        Py_ssize_t m) noexcept nogil:
+    """dkv (first + m keys, D), rows 3C apart, += weights (m, keys)^T x (m, D), x in panels.
+
+    Query i sees key j only if j <= i, so a strip of keys starts at its own query.
+    """
+    cdef Py_ssize_t strip, j, start, n = min(first + m, h.T)
+    for strip in range(ceil_div(n, MR)):
+        j = strip * MR
+        start = max(0, j - first)
+        macro_kernel(dkv + j * h.stride, h.stride, weights + start * h.ld + j, 1, h.ld, panels + start * NR,
+                     h.queries * NR, dkv + j * h.stride, h.stride, NULL, min(MR, n - j), h.D, m - start, False)
+
+
+cdef void attention_backward_head(float* dqkv, const float* dout, const float* qkv, const float* out,
+                                  const float* lse, float* work, const Heads* h, Py_ssize_t head) noexcept nogil:
+    cdef Py_ssize_t C = h.H * h.D, b = head // h.H, at = head % h.H * h.D
+    cdef const float* q = qkv + b * h.T * h.stride + at
+    cdef const float* do = dout + b * h.T * C + at
+    cdef const float* o = out + b * h.T * C + at
+    cdef float* dq = dqkv + b * h.T * h.stride + at
+    cdef float* dk = dq + C
+    cdef float* dv = dq + 2 * C
+    cdef float* kt_panels = work                              # [T / NR][D][NR]: the right side of q k^T
+    cdef float* vt_panels = kt_panels + h.Tp * h.D            # the same of dout v^T
+    cdef float* k_panels = vt_panels + h.Tp * h.D             # [D / NR][T][NR]: the right side of dscores k
+    cdef float* q_block = k_panels + h.Dp * h.T
+    cdef float* do_block = q_block + h.queries * h.D
+    cdef float* q_panels = do_block + h.queries * h.D
+    cdef float* do_panels = q_panels + h.queries * h.Dp
+    cdef float* weights = do_panels + h.queries * h.Dp
+    cdef float* dweights = weights + h.queries * h.ld
+    cdef float* delta = dweights + h.queries * h.ld
+    cdef Py_ssize_t block, first, i, j, m, strip
+    pack_panels(kt_panels, q + C, 1, h.stride, h.D, h.T)
+    pack_panels(vt_panels, q + 2 * C, 1, h.stride, h.D, h.T)
+    pack_panels(k_panels, q + C, h.stride, 1, h.T, h.D)
+    for i in range(h.T):
+        memset(dk + i * h.stride, 0, h.D * sizeof(float))
+        memset(dv + i * h.stride, 0, h.D * sizeof(float))
+    for block in range(ceil_div(h.T, h.queries)):
+        first = block * h.queries
+        m = min(h.queries, h.T - first)
+        copy_rows(q_block, q + first * h.stride, h.stride, h.scale, m, h.queries, h.D)
+        copy_rows(do_block, do + first * C, C, 1, m, h.queries, h.D)
+        for i in range(m):
+            delta[i] = 0
+            for j in range(h.D):
+                delta[i] += do_block[i * h.D + j] * o[(first + i) * C + j]
+        score_block(weights, q_block, kt_panels, h, first, m)
+        score_block(dweights, do_block, vt_panels, h, first, m)
+        score_gradients(weights, dweights, delta, lse + head * h.T + first, h, head, first, m)
+        pack_panels_of_block(q_panels, q_block, h)
+        pack_panels_of_block(do_panels, do_block, h)
+        key_gradients(dv, weights, do_panels, h, first, m)    # out = weights @ v    ->  dv = weights^T @ dout
+        key_gradients(dk, dweights, q_panels, h, first, m)    # scores = q @ k^T     ->  dk = dscores^T @ q
+        for strip in range(ceil_div(m, MR)):                  #                          dq = dscores @ k
+            i = strip * MR
+            macro_kernel(dq + (first + i) * h.stride, h.stride, dweights + i * h.ld, h.ld, 1, k_panels, h.T * NR,
+                         NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
+        for i in range(first, first + m):
+            for j in range(h.D):
+                dq[i * h.stride + j] *= h.scale
+
+
+cdef void pack_panels_of_block(float* panels, const float* x, const Heads* h) noexcept nogil:
+    pack_panels(panels, x, h.D, 1, h.queries, h.D)
+
+
+def attention_backward(cnp.ndarray dqkv, cnp.ndarray dout, cnp.ndarray qkv, cnp.ndarray out, cnp.ndarray lse,
+                       Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_ssize_t D, double p=0.0, uint64_t key=0):
+    # scores = q @ k^T / sqrt(D), weights = softmax(scores), out = weights @ v
+    cdef float* g = output(dqkv, B * T, 3 * H * D, "dqkv")
+    cdef const float* do = input(dout, B * T, H * D, "dout")
+    cdef const float* x = input(qkv, B * T, 3 * H * D, "qkv")
+    cdef const float* o = input(out, B * T, H * D, "out")
+    cdef const float* l = input(lse, 1, B * H * T, "lse")
+    cdef Heads h
+    describe_heads(&h, B, T, H, D, p, key)
+    disjoint(dqkv, "dqkv", dout, "dout")
+    disjoint(dqkv, "dqkv", qkv, "qkv")
+    disjoint(dqkv, "dqkv", out, "out")
+    cdef Py_ssize_t size = 2 * h.Tp * D + h.Dp * T + h.queries * (2 * D + 2 * h.Dp + 2 * h.ld + 1), head
+    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
+    for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
+        attention_backward_head(g, do, x, o, l, work + threadid() * size, &h, head)
+
+
+cdef void attention_decode_head(float* out, float* k_cache, float* v_cache, const float* q, const float* k,
+                                const float* v, float* scores, Py_ssize_t D, Py_ssize_t n) noexcept nogil:
+    """One query against n cached keys, of which the last is new."""
+    cdef Py_ssize_t j
+    memcpy(k_cache + (n - 1) * D, k, D * sizeof(float))
+    memcpy(v_cache + (n - 1) * D, v, D * sizeof(float))
+    dot_rows(scores, q, k_cache, NULL, n, D)
+    for j in range(n):
+        scores[j] = scores[j] / sqrtf(<float>D)
+    softmax_row(scores, n, n)
+    memset(out, 0, D * sizeof(float))
+    add_scaled_rows(out, scores, v_cache, D, n, D)
+
+
+def attention_decode(cnp.ndarray out, cnp.ndarray k_cache, cnp.ndarray v_cache, cnp.ndarray qkv, Py_ssize_t B,
+                     Py_ssize_t H, Py_ssize_t D, Py_ssize_t position, Py_ssize_t block_size):
+    cdef float* o = output(out, B, H * D, "out")
+    cdef float* kc = output(k_cache, B * H * block_size, D, "k_cache")
+    cdef float* vc = output(v_cache, B * H * block_size, D, "v_cache")
+    cdef const float* x = input(qkv, B, 3 * H * D, "qkv")
+    cdef Py_ssize_t C = H * D, size = ceil_div(block_size, VL) * VL, head, b, at
+    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
+    if position < 0 or position >= block_size:
+        raise ValueError(f"position must lie in 0 .. {block_size - 1}, got {position}")
+    disjoint(out, "out", qkv, "qkv")
+    for head in prange(B * H, nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=B * C * position > SERIAL):
+        b = head // H
+        at = b * 3 * C + head % H * D
+        attention_decode_head(o + head * D, kc + head * block_size * D, vc + head * block_size * D, x + at,
+                              x + at + C, x + at + 2 * C, work + threadid() * size, D, position + 1)
+
+
+# ---- softmax cross-entropy ---------------------------------------------------------------------------------
+
+cdef float log_sum_exp(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, jb, blocks = ceil_div(n, VL)
+    cdef vf peak = vset(-INFINITY), total = vset(0)
+    cdef float top
+    for jb in range(blocks):
+        j = jb * VL
+        peak = vmax(peak, vload(x + j) if j + VL <= n else vload_part(x + j, n - j, -INFINITY))
+    top = vpeak(peak)
+    for jb in range(blocks):
+        j = jb * VL
+        total = total + vexp((vload(x + j) if j + VL <= n else vload_part(x + j, n - j, -INFINITY)) - vset(top))
+    return top + logf(vsum(total))
+
+
+def cross_entropy_forward(cnp.ndarray losses, cnp.ndarray lse, cnp.ndarray logits, cnp.ndarray targets,
+                          Py_ssize_t rows, Py_ssize_t V):
+    cdef float* loss = output(losses, 1, rows, "losses")
+    cdef float* l = output(lse, 1, rows, "lse")
+    cdef const float* x = input(logits, rows, V, "logits")
+    cdef const int32_t* target = index(targets, 1, rows, V, "targets")
+    cdef Py_ssize_t i
+    disjoint(losses, "losses", logits, "logits")
+    disjoint(lse, "lse", logits, "logits")
+    disjoint(losses, "losses", lse, "lse")
+    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
+        l[i] = log_sum_exp(x + i * V, V)
+        loss[i] = l[i] - x[i * V + target[i]]
+
+
+cdef void softmax_gradient_row(float* dlogits, const float* logits, float lse, float scale, Py_ssize_t target,
+                               Py_ssize_t V) noexcept nogil:
+    cdef Py_ssize_t j, jb
+    for jb in range(ceil_div(V, VL)):
+        j = jb * VL
+        put(dlogits + j, vexp(part(logits + j, V - j) - vset(lse)) * vset(scale), V - j)
+    dlogits[target] -= scale
+
+
+def cross_entropy_backward(cnp.ndarray dlogits, cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray lse,
+                           float scale, Py_ssize_t rows, Py_ssize_t V):
+    # loss = lse - logits[target]   ->   dlogits = softmax(logits) - onehot(target)
+    cdef float* g = output(dlogits, rows, V, "dlogits")
+    cdef const float* x = input(logits, rows, V, "logits")
+    cdef const int32_t* target = index(targets, 1, rows, V, "targets")
+    cdef const float* l = input(lse, 1, rows, "lse")
+    cdef Py_ssize_t i
+    if g != x:
+        disjoint(dlogits, "dlogits", logits, "logits")
+    disjoint(dlogits, "dlogits", lse, "lse")
+    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
+        softmax_gradient_row(g + i * V, x + i * V, l[i], scale, target[i], V)
+
+
+# ---- the optimizer -----------------------------------------------------------------------------------------
+
+cdef enum:
+    SUM_TILE = 8192  # elements whose squares are added in float32 lanes before they join a float64 sum
+
+
+def sum_of_squares(cnp.ndarray x, Py_ssize_t n):
+    cdef const float* px = input(x, 1, n, "x")
+    cdef Py_ssize_t tiles = ceil_div(n, SUM_TILE), tile, i, end
+    cdef double* partial = <double*>scratch(tiles * sizeof(double))
+    cdef double total = 0
+    for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
+        partial[tile] = tile_of_squares(px + tile * SUM_TILE, min(SUM_TILE, n - tile * SUM_TILE))
+    for tile in range(tiles):
+        total += partial[tile]
+    return total
+
+
+cdef double tile_of_squares(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, ib
+    cdef vf acc0 = vset(0), acc1 = vset(0), v
+    for ib in range(ceil_div(n, 2 * VL)):
+        i = ib * 2 * VL
+        v = part(x + i, n - i)
+        acc0 = vfma(v, v, acc0)
+        if n - i > VL:
+            v = part(x + i + VL, n - i - VL)
+            acc1 = vfma(v, v, acc1)
+    return vsum(acc0 + acc1)
+
+
+def adamw_update(cnp.ndarray param, cnp.ndarray m, cnp.ndarray v, cnp.ndarray grad, double learning_rate,
+                 double beta1, double beta2, double eps, double weight_decay, double grad_scale, Py_ssize_t t,
+                 bint zero_grad, Py_ssize_t n):
+    # One pass over memory: clipping, both moments, the update and the zeroing.
+    cdef float* p = output(param, 1, n, "param")
+    cdef float* pm = output(m, 1, n, "m")
+    cdef float* pv = output(v, 1, n, "v")
+    cdef float* g = output(grad, 1, n, "grad")
+    cdef vf b1 = vset(<float>beta1), b2 = vset(<float>beta2), c1 = vset(<float>(1 - beta1)), c2 = vset(<float>(1 - beta2))
+    cdef vf correct1 = vset(<float>(1 / (1 - beta1 ** t))), correct2 = vset(<float>(1 / (1 - beta2 ** t)))
+    cdef vf keep = vset(<float>(1 - learning_rate * weight_decay)), rate = vset(<float>learning_rate)
+    cdef vf scale = vset(<float>grad_scale), small = vset(<float>eps), gi, mi, vi_
+    cdef Py_ssize_t task, i
+    if t < 1:
+        raise ValueError(f"t counts updates from 1, got {t}")
+    for a, a_name in ((param, "param"), (m, "m"), (v, "v")):
+        disjoint(grad, "grad", a, a_name)
+    disjoint(param, "param", m, "m")
+    disjoint(param, "param", v, "v")
+    disjoint(m, "m", v, "v")
+    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=n > SERIAL):
+        i = task * VL
+        gi = part(g + i, n - i) * scale
+        mi = vfma(b1, part(pm + i, n - i), c1 * gi)
+        vi_ = vfma(b2, part(pv + i, n - i), c2 * gi * gi)
+        put(pm + i, mi, n - i)
+        put(pv + i, vi_, n - i)
+        put(p + i, keep * part(p + i, n - i) - rate * (mi * correct1) / (vsqrt(vi_ * correct2) + small), n - i)
+        if zero_grad:
+            put(g + i, vset(0), n - i)
+
+
+# ---- measuring and rounding --------------------------------------------------------------------------------
+
+def round_bf16(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):
+    cdef float* o = output(out, 1, n, "out")
+    cdef const float* px = input(x, 1, n, "x")
+    cdef Py_ssize_t task, i
+    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
+                       use_threads_if=n > SERIAL):
+        i = task * VL
+        put(o + i, vfloat(bf16_bits(part(px + i, n - i))), n - i)
+
+
+def peak_flops(Py_ssize_t iterations, bint bf16=False):
+    """Run the register tile on data in L1 in every thread; returns the number of operations made.
+
+    Timed from outside, it is the rate that no matrix product on this machine can pass.
+    """
+    cdef Py_ssize_t depth = 64, size = (MR + NR) * depth + MR * NR, thread, i
+    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
+    cdef float* a
+    memset(work, 0, n_threads * size * sizeof(float))
+    for thread in prange(n_threads, nogil=True, schedule='static', num_threads=n_threads, chunksize=1):
+        a = work + thread * size
+        for i in range(iterations):
+            if bf16:
+                micro_kernel_bf16(a + (MR + NR) * depth, NR, <int32_t*>a, 1, MR, <int32_t*>(a + MR * depth),
+                                  a + (MR + NR) * depth, NR, NULL, depth)
+            else:
+                micro_kernel(a + (MR + NR) * depth, NR, a, 1, MR, a + MR * depth, a + (MR + NR) * depth, NR, NULL,
+                             depth)
+    return 2.0 * (2 if bf16 else 1) * MR * NR * depth * iterations * n_threads

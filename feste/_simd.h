@@ -49,6 +49,7 @@ static inline vi viload(const int32_t *p) { return *(const vi_unaligned *)p; }
 static inline void vistore(int32_t *p, vi x) { *(vi_unaligned *)p = x; }
 static inline vf vset(float x) { return x - (vf){0}; }
 static inline vi viset(int32_t x) { return x - (vi){0}; }
+static inline vf vfloat(vi x) { return (vf)x; } /* the same bits */
 static inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 
 /* The last n < VL elements of a row, the other lanes filled; and their way back. */

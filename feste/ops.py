@@ -1,0 +1,89 @@
+"""The door to the kernels: one compiled variant of `_ops.pyx` is chosen here, once, when feste is imported.
+
+The kernels themselves are re-exported under their own names, so `ops.gelu_forward` is the compiled function and
+a call costs no Python in between; each checks its arrays' dtype, shape, layout and overlap before it writes.
+What each computes stands in `reference.py` under the same name.
+
+    ops.isa              the instruction set in use: avx512 (with BF16), avx2 or generic
+    ops.isa_reason       why that one
+    ops.available_isas   all that were built and that this CPU can run, best first
+
+`FESTE_ISA=name` forces one, and is an ImportError if the CPU lacks it or it was not built.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+from feste import _cpu
+
+ISAS = ("avx512", "avx2", "generic")
+
+
+def load(isa: str) -> ModuleType:
+    """The compiled kernels of one instruction set."""
+    return importlib.import_module(f"feste._ops_{isa}")
+
+
+def _is_built(isa: str) -> bool:
+    return importlib.util.find_spec(f"feste._ops_{isa}") is not None
+
+
+def _choose(forced: str | None) -> tuple[str, str]:
+    """The instruction set and the reason for it."""
+    if forced:
+        if forced not in ISAS:
+            raise ImportError(f"FESTE_ISA={forced} is unknown; choose one of {', '.join(ISAS)}")
+        if forced not in _cpu.supported():
+            raise ImportError(f"FESTE_ISA={forced}, but this CPU supports only {', '.join(_cpu.supported())}")
+        if not _is_built(forced):
+            raise ImportError(f"FESTE_ISA={forced} was not built; built are {', '.join(filter(_is_built, ISAS))}")
+        return forced, "forced by FESTE_ISA"
+    if not available_isas:
+        raise ImportError("feste's kernels are not built for this CPU; run `make` or `pip install .`")
+    best = available_isas[0]
+    if best == _cpu.supported()[0]:
+        return best, "the best this CPU supports"
+    return best, f"the best that was built; this CPU also supports {_cpu.supported()[0]}"
+
+
+available_isas = [isa for isa in _cpu.supported() if _is_built(isa)]
+isa, isa_reason = _choose(os.environ.get("FESTE_ISA"))
+_kernels = load(isa)
+
+adamw_update = _kernels.adamw_update
+attention_backward = _kernels.attention_backward
+attention_decode = _kernels.attention_decode
+attention_forward = _kernels.attention_forward
+cross_entropy_backward = _kernels.cross_entropy_backward
+cross_entropy_forward = _kernels.cross_entropy_forward
+dropout_forward = _kernels.dropout_forward
+embedding_backward = _kernels.embedding_backward
+embedding_forward = _kernels.embedding_forward
+gelu_backward = _kernels.gelu_backward
+gelu_forward = _kernels.gelu_forward
+gemm = _kernels.gemm
+get_num_threads = _kernels.get_num_threads
+layernorm_backward = _kernels.layernorm_backward
+layernorm_forward = _kernels.layernorm_forward
+linear_backward_input = _kernels.linear_backward_input
+linear_backward_weight = _kernels.linear_backward_weight
+linear_forward = _kernels.linear_forward
+peak_flops = _kernels.peak_flops
+round_bf16 = _kernels.round_bf16
+set_num_threads = _kernels.set_num_threads
+sum_of_squares = _kernels.sum_of_squares
+
+
+def _after_fork_in_child() -> None:
+    """The threads of a process do not survive fork(), and GNU OpenMP would wait for them for ever."""
+    if get_num_threads() > 1:
+        set_num_threads(1)
+        warnings.warn("feste runs with one thread in a forked process; start it with the spawn method, or call "
+                      "feste.ops.set_num_threads in a new thread of it", RuntimeWarning, stacklevel=2)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,99 @@
+"""The one table of parameters: names, shapes, initialisation, and where each lies in the flat buffers.
+
+Parameters, gradients and AdamW's two moments are four flat float32 buffers of the same layout, so zeroing,
+clipping, updating, saving and loading are each one operation on one buffer. Parameters that decay come first,
+so weight decay applies to one contiguous range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from feste.config import Config
+
+INIT_STD = 0.02  # Radford et al. 2019 (GPT-2)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    shape: tuple[int, ...]
+    init: float        # standard deviation of the normal initialisation, 0 for a constant
+    fill: float        # the constant: 0 for a bias, 1 for the weight of a layernorm
+    decays: bool       # matrices and embeddings decay, biases and layernorms do not
+    offset: int = 0    # first element in a flat buffer
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def _matrix(name: str, *shape: int, std: float = INIT_STD) -> Parameter:
+    return Parameter(name, shape, init=std, fill=0.0, decays=True)
+
+
+def _vector(name: str, size: int, fill: float = 0.0) -> Parameter:
+    return Parameter(name, (size,), init=0.0, fill=fill, decays=False)
+
+
+def _parameters(config: Config) -> Iterator[Parameter]:
+    """Hugging Face's names and shapes of GPT-2, in the order of the forward pass."""
+    V, T, C = config.vocab_size, config.block_size, config.n_embd
+    residual_std = INIT_STD / math.sqrt(2 * config.n_layers)  # keeps the residual stream's variance at depth
+    yield _matrix("transformer.wte.weight", V, C)
+    yield _matrix("transformer.wpe.weight", T, C)
+    for i in range(config.n_layers):
+        layer = f"transformer.h.{i}"
+        yield _vector(f"{layer}.ln_1.weight", C, fill=1.0)
+        yield _vector(f"{layer}.ln_1.bias", C)
+        yield _matrix(f"{layer}.attn.c_attn.weight", C, 3 * C)
+        yield _vector(f"{layer}.attn.c_attn.bias", 3 * C)
+        yield _matrix(f"{layer}.attn.c_proj.weight", C, C, std=residual_std)
+        yield _vector(f"{layer}.attn.c_proj.bias", C)
+        yield _vector(f"{layer}.ln_2.weight", C, fill=1.0)
+        yield _vector(f"{layer}.ln_2.bias", C)
+        yield _matrix(f"{layer}.mlp.c_fc.weight", C, 4 * C)
+        yield _vector(f"{layer}.mlp.c_fc.bias", 4 * C)
+        yield _matrix(f"{layer}.mlp.c_proj.weight", 4 * C, C, std=residual_std)
+        yield _vector(f"{layer}.mlp.c_proj.bias", C)
+    yield _vector("transformer.ln_f.weight", C, fill=1.0)
+    yield _vector("transformer.ln_f.bias", C)
+    if not config.tie_weights:
+        yield _matrix("lm_head.weight", V, C)
+
+
+class ParameterTable:
+    """The parameters of a model. Iterates over `Parameter`s; `size` and `decayed_size` count float32 elements."""
+
+    def __init__(self, config: Config) -> None:
+        entries = sorted(_parameters(config), key=lambda p: not p.decays)  # stable: keeps the order within each kind
+        self.entries: list[Parameter] = []
+        self.size = self.decayed_size = 0
+        for p in entries:
+            self.entries.append(Parameter(p.name, p.shape, p.init, p.fill, p.decays, offset=self.size))
+            self.size += p.size
+            self.decayed_size += p.size if p.decays else 0
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(self.entries)
+
+    def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """Name -> view of a flat buffer of `size` elements, in the parameter's shape."""
+        if flat.shape != (self.size,):
+            raise ValueError(f"the flat buffer must have shape ({self.size},), got {flat.shape}")
+        return {p.name: flat[p.offset:p.offset + p.size].reshape(p.shape) for p in self.entries}
+
+    def initialise(self, flat: np.ndarray, seed: int) -> None:
+        """Fill a flat buffer with initial values; a pure function of the seed."""
+        rng = np.random.default_rng(seed)
+        for p in self.entries:
+            view = flat[p.offset:p.offset + p.size]
+            if p.init:
+                rng.standard_normal(dtype=np.float32, out=view)
+                view *= np.float32(p.init)
+            else:
+                view.fill(p.fill)
