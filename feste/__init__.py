@@ -13,7 +13,7 @@ _HOME = {
     "train_gpt2": "trainer",
 }
 
-__all__ = ["PRESETS", "AdamW", "BPETokenizer", "Checkpoint", "Config", "GPT2", "TrainConfig", "train_gpt2"]
+__all__ = ["GPT2", "PRESETS", "AdamW", "BPETokenizer", "Checkpoint", "Config", "TrainConfig", "train_gpt2"]
 
 
 def __getattr__(name: str):

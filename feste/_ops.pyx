@@ -475,9 +475,8 @@ cdef enum:
     STRIPE = 512      # columns of a task when one row is multiplied
 
 
-cdef void dot_rows(float* out, const float* x, const float* weight, const float* bias, Py_ssize_t n,
-                   Py_ssize_t K) noexcept nogil:
-    """out (n) = weight (n, K) x (K) + bias, rows of weight contiguous."""
+cdef void add_dot_rows(float* out, const float* x, const float* weight, Py_ssize_t n, Py_ssize_t K) noexcept nogil:
+    """out (n) += weight (n, K) x (K), rows of weight contiguous."""
     cdef Py_ssize_t i, kb, k
     cdef vf acc0, acc1
     cdef const float* w
@@ -492,7 +491,7 @@ cdef void dot_rows(float* out, const float* x, const float* weight, const float*
         acc0 = vfma(part(x + k, K - k), part(w + k, K - k), acc0)
         if K - k > VL:
             acc1 = vfma(part(x + k + VL, K - k - VL), part(w + k + VL, K - k - VL), acc1)
-        out[i] = vsum(acc0 + acc1) + (bias[i] if bias != NULL else 0)
+        out[i] += vsum(acc0 + acc1)
 
 
 cdef void add_scaled_rows(float* out, const float* x, const float* weight, Py_ssize_t n, Py_ssize_t K,
@@ -518,17 +517,16 @@ cdef void add_scaled_rows(float* out, const float* x, const float* weight, Py_ss
 
 cdef void row_product(const Gemm* g) noexcept nogil:
     """M = 1, a token at a time: the speed is that of reading b once, so nothing is packed."""
-    cdef Py_ssize_t task, j, n
-    for task in prange(ceil_div(g.N, STRIPE), schedule='static', num_threads=n_threads):
+    cdef Py_ssize_t task, i, j, n
+    for task in prange(ceil_div(g.N, STRIPE), schedule='static', num_threads=n_threads,
+                       use_threads_if=g.K * g.N > 4 * SERIAL):
         j = task * STRIPE
         n = min(STRIPE, g.N - j)
+        for i in range(j, j + n):
+            g.c[i] = (g.start[i] if g.start != NULL else 0) + (g.bias[i] if g.bias != NULL else 0)
         if g.rs_b == 1:
-            dot_rows(g.c + j, g.a, g.b + j * g.cs_b, g.bias + j if g.bias != NULL else NULL, n, g.K)
+            add_dot_rows(g.c + j, g.a, g.b + j * g.cs_b, n, g.K)
         else:
-            if g.bias != NULL:
-                memcpy(g.c + j, g.bias + j, n * sizeof(float))
-            else:
-                memset(g.c + j, 0, n * sizeof(float))
             add_scaled_rows(g.c + j, g.a, g.b + j, n, g.K, g.N)
 
 
@@ -798,17 +796,26 @@ cdef int check_dropout(double p) except -1:
     return 0
 
 
-def dropout_forward(cnp.ndarray out, cnp.ndarray x, double p, uint64_t key, Py_ssize_t n):
+def dropout_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray residual, double p, uint64_t key, Py_ssize_t n):
     cdef float* o = output(out, 1, n, "out")
     cdef const float* px = input(x, 1, n, "x")
+    cdef const float* r = input(residual, 1, n, "residual") if residual is not None else NULL
     cdef uint64_t threshold = <uint64_t>(p * 4294967296.0)
-    cdef float kept = <float>(1 / (1 - p))
+    cdef float kept = 0
     cdef Py_ssize_t i
     check_dropout(p)
+    kept = <float>(1 / (1 - p))
     if o != px:
         disjoint(out, "out", x, "x")
+    if r != NULL and o != r:
+        disjoint(out, "out", residual, "residual")
     for i in prange(n, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
-        o[i] = px[i] * dropout_factor(key, i, threshold, kept)
+        o[i] = (r[i] if r != NULL else 0) + px[i] * dropout_factor(key, i, threshold, kept)
+
+
+def dropout_backward(cnp.ndarray dx, cnp.ndarray dout, double p, uint64_t key, Py_ssize_t n):
+    # out = residual + x * mask   ->   dx = dout * mask
+    dropout_forward(dx, dout, None, p, key, n)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -1077,7 +1084,8 @@ cdef void attention_decode_head(float* out, float* k_cache, float* v_cache, cons
     cdef Py_ssize_t j
     memcpy(k_cache + (n - 1) * D, k, D * sizeof(float))
     memcpy(v_cache + (n - 1) * D, v, D * sizeof(float))
-    dot_rows(scores, q, k_cache, NULL, n, D)
+    memset(scores, 0, n * sizeof(float))
+    add_dot_rows(scores, q, k_cache, n, D)
     for j in range(n):
         scores[j] = scores[j] / sqrtf(<float>D)
     softmax_row(scores, n, n)

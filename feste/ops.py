@@ -59,6 +59,7 @@ attention_decode = _kernels.attention_decode
 attention_forward = _kernels.attention_forward
 cross_entropy_backward = _kernels.cross_entropy_backward
 cross_entropy_forward = _kernels.cross_entropy_forward
+dropout_backward = _kernels.dropout_backward
 dropout_forward = _kernels.dropout_forward
 embedding_backward = _kernels.embedding_backward
 embedding_forward = _kernels.embedding_forward

@@ -159,9 +159,15 @@ def dropout_mask(p, key, first, n):
     return np.where(keep, 1.0 / (1.0 - p), 0.0)
 
 
-def dropout_forward(out, x, p, key, n):
-    """out (n) = x (n) * mask; out may be x itself. The backward pass is the same function applied to dout."""
-    out.reshape(-1)[:] = x.reshape(-1) * dropout_mask(p, key, 0, n)
+def dropout_forward(out, x, residual, p, key, n):
+    """out (n) = residual (n) + x (n) * mask; residual may be None, and out may be x or residual itself."""
+    dropped = x.reshape(-1) * dropout_mask(p, key, 0, n)
+    out.reshape(-1)[:] = dropped if residual is None else residual.reshape(-1) + dropped
+
+
+def dropout_backward(dx, dout, p, key, n):
+    """dx (n) = dout (n) * mask; dx may be dout itself."""
+    dropout_forward(dx, dout, None, p, key, n)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------

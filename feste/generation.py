@@ -1,0 +1,143 @@
+"""Generation: a token at a time on a cache of keys and values, and the choice of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feste import ops
+
+if TYPE_CHECKING:
+    from feste.model import GPT2
+
+
+class Sampler:
+    """Draws tokens from logits. Temperature 0 is argmax; top_k and top_p cut the tail of the distribution.
+
+    top_p is nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751. The same seed draws the same tokens;
+    None draws new ones each time.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 seed: int | None = None) -> None:
+        if not (temperature >= 0.0 and np.isfinite(temperature)):
+            raise ValueError(f"temperature must be 0 or more, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1] or be None, got {top_p}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """One token from logits (V)."""
+        if self.temperature == 0.0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64)
+        scaled -= scaled.max()
+        scaled /= self.temperature
+        if self.top_k is not None and self.top_k < scaled.size:
+            kth = np.partition(scaled, -self.top_k)[-self.top_k]
+            scaled[scaled < kth] = -np.inf
+        weights = np.exp(scaled)
+        if self.top_p is not None and self.top_p < 1.0:
+            self._keep_nucleus(weights)
+        total = weights.cumsum()
+        return min(int(total.searchsorted(self.rng.random() * total[-1], side="right")), logits.size - 1)
+
+    def _keep_nucleus(self, weights: np.ndarray) -> None:
+        order = np.argsort(-weights, kind="stable")
+        before = weights[order].cumsum() - weights[order]
+        weights[order[before >= self.top_p * weights.sum()]] = 0.0
+
+
+class Cache:
+    """Keys and values of every block for B sequences, (B, H, block_size, D) each, and room for one token."""
+
+    def __init__(self, model: GPT2, B: int) -> None:
+        c = model.config
+        self.B, self.H, self.D, self.block_size = B, c.n_heads, c.head_size, c.block_size
+        shape = (c.n_layers, B, c.n_heads, c.block_size, c.head_size)
+        self.k, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.length = 0
+        C = c.n_embd
+        self.x, self.mid, self.ln, self.att = (np.zeros((B, C), np.float32) for _ in range(4))
+        self.qkv = np.zeros((B, 3 * C), np.float32)
+        self.fc, self.gelu = np.zeros((B, 4 * C), np.float32), np.zeros((B, 4 * C), np.float32)
+        self.mean, self.rstd = np.zeros(B, np.float32), np.zeros(B, np.float32)
+        self.logits = np.zeros((B, c.vocab_size), np.float32)
+
+    def store(self, layer: int, qkv: np.ndarray, T: int) -> None:
+        """Take over the keys and values of a pass over T tokens; one sequence serves all, or each its own."""
+        heads = np.moveaxis(qkv.reshape(-1, T, 3, self.H, self.D), (2, 3), (0, 2))
+        self.k[layer, :, :, :T], self.v[layer, :, :, :T] = heads[1], heads[2]
+        self.length = T
+
+
+def check_request(model: GPT2, prompt_ids, max_new_tokens: int) -> np.ndarray:
+    """The prompt as an integer array, or ValueError."""
+    prompt = np.asarray(list(prompt_ids))
+    if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
+        raise ValueError("the prompt must be a sequence of at least one token id")
+    if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
+        bad = prompt.min() if prompt.min() < 0 else prompt.max()
+        raise ValueError(f"token ids must lie in 0 .. {model.config.vocab_size - 1}, the prompt has {bad}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    return prompt.astype(np.int32)
+
+
+def generate(model: GPT2, prompt: np.ndarray, B: int, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
+    """Yield the next tokens of B sequences that start with one prompt, max_new_tokens times.
+
+    The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
+    shifts all of them and the context is read again.
+    """
+    block_size = model.config.block_size
+    context = np.tile(prompt[-block_size:], (B, 1))
+    cache = Cache(model, B)
+    for i in range(max_new_tokens):
+        if i == 0:
+            logits = _read(model, cache, context[:1])
+        elif cache.length == block_size:
+            logits = _read(model, cache, context)
+        else:
+            logits = _decode(model, cache, context[:, -1:])
+        ids = [sampler(logits[b % len(logits)]) for b in range(B)]
+        yield ids
+        context = np.concatenate([context, np.array(ids, np.int32)[:, None]], axis=1)[:, -block_size:]
+
+
+def _read(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """Fill the cache from whole sequences (n, T); returns the logits of their last tokens (n, V)."""
+    n, T = ids.shape
+    c = model.config
+    act = model._buffers(n, T, keep=False)
+    model._forward(act, np.ascontiguousarray(ids), cache=cache)
+    last = np.ascontiguousarray(act.ln_f.reshape(n, T, c.n_embd)[:, -1])
+    ops.gemm(cache.logits[:n], last, model.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=model._bf16)
+    return cache.logits[:n]
+
+
+def _decode(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """Append one token (B, 1) to each cached sequence; returns the logits (B, V)."""
+    c, params, bf16 = model.config, model.params, model._bf16
+    B, C, H, D = cache.B, c.n_embd, cache.H, cache.D
+    x, ln, stats = cache.x, cache.ln, (cache.mean, cache.rstd)
+    ops.embedding_forward(x, ids, params["transformer.wte.weight"], params["transformer.wpe.weight"], B, 1, C,
+                          cache.length)
+    for i, w in enumerate(model._blocks):
+        ops.layernorm_forward(ln, *stats, x, *w.ln_1, B, C)
+        ops.linear_forward(cache.qkv, ln, *w.c_attn, None, B, C, 3 * C, bf16)
+        ops.attention_decode(cache.att, cache.k[i], cache.v[i], cache.qkv, B, H, D, cache.length, cache.block_size)
+        ops.linear_forward(cache.mid, cache.att, *w.attn_proj, x, B, C, C, bf16)
+        ops.layernorm_forward(ln, *stats, cache.mid, *w.ln_2, B, C)
+        ops.linear_forward(cache.fc, ln, *w.c_fc, None, B, C, 4 * C, bf16)
+        ops.gelu_forward(cache.gelu, cache.fc, B * 4 * C)
+        ops.linear_forward(x, cache.gelu, *w.mlp_proj, cache.mid, B, 4 * C, C, bf16)
+    ops.layernorm_forward(ln, *stats, x, params["transformer.ln_f.weight"], params["transformer.ln_f.bias"], B, C)
+    ops.gemm(cache.logits, ln, model.head, B, c.vocab_size, C, trans_b=True, bf16=bf16)
+    cache.length += 1
+    return cache.logits
