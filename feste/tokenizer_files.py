@@ -1,0 +1,184 @@
+"""Tokenizer files of others: Hugging Face's tokenizer.json, GPT-2's vocab.json and merges.txt, tiktoken's ranks.
+
+Each reader raises TokenizerError, which names the file and the reason, for whatever is not a byte-level BPE with
+GPT-2's word pattern: a tokenizer that almost fits would give almost the right ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feste.tokenizer import CHARACTER_BYTES, MAX_FILE_BYTES, TokenizerError
+
+if TYPE_CHECKING:
+    from feste.tokenizer import BPETokenizer
+
+
+def load(cls: type[BPETokenizer], path: Path, merges: Path | None) -> BPETokenizer:
+    """Read whichever format `path` has."""
+    text = _read(path)
+    if merges is not None:
+        return from_gpt2(cls, text, _read(merges), f"{path} and {merges}")
+    if path.name == "vocab.json":
+        raise TokenizerError(f"{path} holds no merges; name its merges.txt too: load(vocab_json, merges_txt)")
+    return from_huggingface(cls, text, str(path)) if text.lstrip()[:1] == "{" else from_tiktoken(cls, text, str(path))
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} has {size} bytes; a tokenizer file has at most {MAX_FILE_BYTES}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not a tokenizer: not UTF-8 at byte {error.start}") from error
+
+
+def _parse(text: str, source: str) -> dict:
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise TokenizerError(f"{source} is not a tokenizer: nested too deeply") from None
+    except ValueError as error:
+        raise TokenizerError(f"{source} is not a tokenizer: {error}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{source} is not a tokenizer: not a JSON object")
+    return value
+
+
+def from_huggingface(cls: type[BPETokenizer], text: str, source: str) -> BPETokenizer:
+    """Read tokenizer.json of `tokenizers`."""
+    data = _parse(text, source)
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else model
+        raise TokenizerError(f"{source} holds a {kind!r} model; feste reads byte-level BPE")
+    _refuse_unsupported(data, model, source)
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise TokenizerError(f"{source}: model.merges is not a list")
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("content"), str)
+                                              and isinstance(token.get("id"), int) for token in added):
+        raise TokenizerError(f"{source}: added_tokens is not a list of tokens")
+    return _build(cls, model.get("vocab"), [_split_merge(merge, source) for merge in merges],
+                  {token["content"]: token["id"] for token in added}, source)
+
+
+def _refuse_unsupported(data: dict, model: dict, source: str) -> None:
+    pre = data.get("pre_tokenizer")
+    if not isinstance(pre, dict) or pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") \
+            or not pre.get("use_regex", True):
+        raise TokenizerError(f"{source} splits words by {pre!r:.80}; feste reads ByteLevel with GPT-2's pattern "
+                             "and no prefix space")
+    if data.get("normalizer") is not None:
+        raise TokenizerError(f"{source} has a normalizer, which feste does not apply")
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                   "ignore_merges"):
+        if model.get(option):
+            raise TokenizerError(f"{source} sets model.{option}, which feste does not support")
+
+
+def _split_merge(merge, source: str) -> tuple[str, str]:
+    """A merge is a pair of strings, or in older files one string with a space between them."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)):
+        raise TokenizerError(f"{source}: {merge!r:.80} is not a merge of two tokens")
+    return parts[0], parts[1]
+
+
+def from_gpt2(cls: type[BPETokenizer], vocab_text: str, merges_text: str, source: str) -> BPETokenizer:
+    """Read GPT-2's vocab.json and merges.txt; tokens outside the byte alphabet's merges are special."""
+    vocab = _parse(vocab_text, source)
+    lines = [line for line in merges_text.split("\n") if line and not line.startswith("#version")]
+    merges = [_split_merge(line, source) for line in lines]
+    made = {a + b for a, b in merges}
+    special = {token: i for token, i in vocab.items() if len(token) > 1 and token not in made}
+    return _build(cls, {token: i for token, i in vocab.items() if token not in special}, merges, special, source)
+
+
+def _build(cls: type[BPETokenizer], vocab, merges: list[tuple[str, str]], special: dict[str, int],
+           source: str) -> BPETokenizer:
+    if not isinstance(vocab, dict):
+        raise TokenizerError(f"{source}: the vocabulary is not a mapping of tokens to ids")
+    ordinary = {token: i for token, i in vocab.items() if token not in special}
+    size = len(ordinary) + len(special)
+    ids = [*ordinary.values(), *special.values()]
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(size)):
+        raise TokenizerError(f"{source}: the ids of {size} tokens are not 0 .. {size - 1}, each once")
+    tokens: list[bytes] = [b""] * size
+    try:
+        for token, i in ordinary.items():
+            tokens[i] = bytes(CHARACTER_BYTES[character] for character in token)
+        for token, i in special.items():
+            tokens[i] = token.encode("utf-8")
+        pairs = [(ordinary[a], ordinary[b]) for a, b in merges]
+    except KeyError as error:
+        raise TokenizerError(f"{source}: {error.args[0]!r:.80} in a token or merge is not in the vocabulary of bytes "
+                             "and merges") from None
+    except UnicodeEncodeError:
+        raise TokenizerError(f"{source}: a special token has a lone surrogate") from None
+    if len(set(tokens)) != size:
+        raise TokenizerError(f"{source}: two ids stand for the same token")
+    try:
+        return cls(tokens, np.array(pairs, np.int32).reshape(-1, 2), special)
+    except TokenizerError as error:
+        raise TokenizerError(f"{source}: {error}") from None
+
+
+def from_tiktoken(cls: type[BPETokenizer], text: str, source: str) -> BPETokenizer:
+    """Read a tiktoken rank file: a base64 token and its rank, which is its id, on each line."""
+    tokens: dict[int, bytes] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            if int(rank) in tokens:
+                raise TokenizerError(f"{source}, line {number}: rank {rank} stands twice")
+            tokens[int(rank)] = base64.b64decode(token, validate=True)
+        except TokenizerError:
+            raise
+        except (ValueError, binascii.Error):
+            raise TokenizerError(f"{source}, line {number}: {line!r:.60} is not a base64 token and a rank") from None
+    if sorted(tokens) != list(range(len(tokens))):
+        raise TokenizerError(f"{source}: the ranks of {len(tokens)} tokens are not 0 .. {len(tokens) - 1}")
+    ordered = [tokens[rank] for rank in range(len(tokens))]
+    if len(set(ordered)) != len(ordered):
+        raise TokenizerError(f"{source}: two ranks stand for the same token")
+    return cls(ordered, np.array(_recover_merges(ordered, source), np.int32).reshape(-1, 2))
+
+
+def _recover_merges(tokens: list[bytes], source: str) -> list[tuple[int, int]]:
+    """The pair each token was merged from: what its bytes come to by the merges of lower rank."""
+    rank = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for i, token in enumerate(tokens):
+        if len(token) == 1:
+            continue
+        parts = [token[j:j + 1] for j in range(len(token))]
+        while len(parts) > 2:
+            candidates = [rank.get(a + b, i) for a, b in pairwise(parts)]
+            lowest = min(candidates)
+            if lowest >= i:
+                break
+            at = candidates.index(lowest)
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) != 2 or parts[0] not in rank or parts[1] not in rank:
+            raise TokenizerError(f"{source}: token {i}, {token!r:.60}, is no merge of two tokens of lower rank")
+        merges.append((rank[parts[0]], rank[parts[1]]))
+    return merges
+
+
+def write_tiktoken(tokenizer: BPETokenizer, path: Path) -> None:
+    special = set(tokenizer.special_tokens.values())
+    lines = [f"{base64.b64encode(token).decode()} {i}\n"
+             for i, token in enumerate(tokenizer.tokens) if i not in special]
+    path.write_text("".join(lines), encoding="ascii")
