@@ -106,6 +106,10 @@ class TrainConfig:
         _require(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         _require(self.on_nan in ("stop", "skip"), f"on_nan must be 'stop' or 'skip', got {self.on_nan!r}")
 
+    def to_dict_for_call(self) -> dict:
+        """The fields as keywords of train_gpt2, where the precision is the model's."""
+        return {name: value for name, value in asdict(self).items() if name != "precision"}
+
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.seq_len

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+
+from feste.tokenizer import BPETokenizer
+
+INDEX_NAME = "tokens.json"  # of a directory of token shards, written last: a directory without it is not complete
 
 
 def split_tokens(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -71,3 +78,17 @@ def validation_windows(tokens: np.ndarray, seq_len: int, count: int | None = Non
     else:
         starts = np.linspace(0, len(tokens) - 1 - seq_len, count).astype(np.int64)
     return windows(tokens, starts, seq_len)
+
+
+def load_tokens(folder: str | os.PathLike) -> tuple[np.ndarray, BPETokenizer]:
+    """The tokens of a directory made by tools.prepare, mapped into memory and not read, and their tokenizer."""
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        tokens = np.memmap(folder / index["file"], dtype=index["dtype"], mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no finished directory of tokens ({error}); make one with "
+                         f"python -m tools.prepare FILE... -o {folder}") from None
+    if len(tokens) != index.get("tokens"):
+        raise ValueError(f"{folder} is damaged: {index['file']} has {len(tokens)} tokens, not {index.get('tokens')}")
+    return tokens, BPETokenizer.load(folder / "tokenizer.json")

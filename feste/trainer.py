@@ -181,6 +181,7 @@ class _Run:
 
     def loop(self, files: _Files | _NoFiles, stop: _StopSignals, on_step: Callable[[dict], None] | None) -> TrainResult:
         state = "finished"
+        self.model.zero_grad()
         try:
             while self.step < self.config.num_steps and state == "finished":
                 record = self._one_step()
@@ -233,7 +234,7 @@ class _Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingDiverged(f"step {self.step}: {what}, for the {self.skipped_in_a_row}th step in a row; {ADVICE}")
+            raise TrainingDiverged(f"step {self.step}: {what}, the {self.skipped_in_a_row}th time in a row; {ADVICE}")
 
     def _validate(self) -> dict:
         """The mean loss over the fixed validation windows."""
@@ -308,7 +309,7 @@ class _Files:
         """Wait for the last checkpoint and write how the run ended."""
         self._writer.wait()
         reason = signal.Signals(result.signal).name if result.signal and result.state == "interrupted" else None
-        self._log.update(skipped_steps=result.skipped_steps, best_val_loss=result.best_val_loss,
+        self._log.update(skipped_steps=result.skipped_steps, best_val_loss=_finite(result.best_val_loss),
                          best_step=result.best_step, step=result.step, elapsed_seconds=result.elapsed_seconds,
                          checkpoint_saves=self._writer.saves, checkpoint_held_up_seconds=self._writer.held_up_seconds)
         self._log.close(result.state, reason)
@@ -317,6 +318,10 @@ class _Files:
     def abandon(self) -> None:
         """The loop has raised: let a save under way finish. That error matters more than one of the writer."""
         self._writer.settle()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _StopSignals:

@@ -1,0 +1,58 @@
+"""What a training script shows while it runs: a bar on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from feste.config import TrainConfig
+
+REFRESH_SECONDS = 0.1
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Called with the record of every step."""
+
+    def __init__(self, config: TrainConfig, start: int = 0) -> None:
+        self._val_loss, self._shown = None, 0.0
+        self._bar: RichProgress | None = None
+        if sys.stdout.isatty():
+            self._bar = RichProgress(
+                BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+                TextColumn("left"), console=Console(), auto_refresh=False)
+            self._task = self._bar.add_task("train", total=config.num_steps, completed=start, loss="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def __call__(self, record: dict) -> None:
+        validated = "val_loss" in record
+        if validated:
+            self._val_loss = record["val_loss"]
+        now = time.monotonic()
+        if not validated and now - self._shown < (REFRESH_SECONDS if self._bar else LINE_SECONDS):
+            return
+        self._shown = now
+        loss = f"loss {record['train_loss']:.4f}"
+        if self._val_loss is not None:
+            loss += f"  val {self._val_loss:.4f}"
+        loss += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], loss=loss, refresh=True)
+        else:
+            print(f"step {record['step']}  {loss}  lr {record['learning_rate']:.3g}", flush=True)
+        if record.get("sample") and self._bar is not None:
+            self._bar.console.print(f"step {record['step']}: {record['sample']!r}", style="dim", markup=False,
+                                    highlight=False)
