@@ -152,7 +152,7 @@ def _new(preset: Preset, args: argparse.Namespace) -> Plan:
 
 def _train_config(preset: Preset, config: Config, args: argparse.Namespace) -> TrainConfig:
     named = _named(args, TrainConfig)
-    if "seq_len" not in named and preset.train.seq_len > config.block_size or args.block_size:
+    if preset.train.seq_len > config.block_size or args.block_size:
         named.setdefault("seq_len", config.block_size)
     train = replace(preset.train, **named)
     if train.seq_len > config.block_size:
@@ -229,8 +229,8 @@ def _say_what_changes(checkpoint: Checkpoint, train: TrainConfig) -> None:
     if checkpoint.step >= train.num_steps:
         raise ValueError(f"the run has made all of its {checkpoint.step} steps; extend it with --steps N, N larger")
     if train.num_steps != saved.num_steps:
-        print(f"steps {saved.num_steps} -> {train.num_steps}: the schedule is stretched, so the learning rate goes on at "
-              "the new schedule's value for this step, not where the old one ended")
+        print(f"steps {saved.num_steps} -> {train.num_steps}: the schedule is stretched, so the learning rate goes on "
+              "at the new schedule's value for this step, not where the old one ended")
     if train.learning_rate != saved.learning_rate:
         print(f"learning rate {saved.learning_rate:g} -> {train.learning_rate:g} from step {checkpoint.step + 1} on")
 

@@ -1,0 +1,60 @@
+# Every target makes .venv and builds the kernels when needed; a second time there is nothing to do.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py feste/_ops.pyx feste/_bpe.pyx feste/_cpu.pyx feste/_simd.h
+
+.PHONY: build tiny small medium gpt2 test test-long torture sanitize bench bench-long lint clean
+.DEFAULT_GOAL := build
+
+build: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "feste needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "setuptools>=77" "cython>=3.1" "numpy>=2.0"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace --parallel 2
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+tiny: build
+	$(PY) examples/05_train_shakespeare_tiny.py
+
+small: build
+	$(PY) examples/06_train_shakespeare_small.py
+
+medium: build
+	$(PY) examples/07_train_shakespeare_medium.py
+
+gpt2: build
+	$(PY) examples/08_train_shakespeare_gpt2.py
+
+test: build
+	$(PY) -m pytest -m "not long"
+
+test-long: build
+	$(PY) -m pytest -m long
+
+torture: build
+	$(PY) -m tests.torture
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the normal ones.
+sanitize: $(VENV)/.installed
+	sh tests/sanitize.sh $(PYTHON)
+
+bench: build
+	$(PY) -m tools.bench short
+
+bench-long: build
+	$(PY) -m tools.bench long
+
+lint: build
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info feste/*.so feste/*.c .pytest_cache .ruff_cache .hypothesis
