@@ -148,8 +148,8 @@ def _seed_presets() -> list[Preset]:
                Config(1024, 128, 3, 1, 128), TrainConfig(2000, 2e-3, 128, patience=5000), 500_000, 500_000),
         Preset("medium", "multi-head attention and a longer context",
                Config(1536, 256, 4, 4, 256), TrainConfig(8000, 3e-4, 256, patience=3000), 2_000_000, 2_000_000),
-        Preset("gpt2", "the GPT-2 small architecture on the whole corpus",
-               Config(20534, 768, 12, 12, 512), TrainConfig(5000, 3e-4, 512, batch_size=2, accumulation=4, patience=2000)),
+        Preset("gpt2", "the GPT-2 small architecture on the whole corpus", Config(20534, 768, 12, 12, 512),
+               TrainConfig(5000, 3e-4, 512, batch_size=2, accumulation=4, patience=2000)),
     ]
 
 
