@@ -416,6 +416,8 @@ cdef void strip_product(float* c, Py_ssize_t ldc, const float* strips, const flo
 
 
 cdef int run_gemm(const Gemm* g) except -1:
+    if g.M == 1 and not g.bf16:
+        return row_product(g)
     cdef Py_ssize_t jb, pb, depth = 2 * KC if g.bf16 else KC
     cdef Py_ssize_t max_kc = min(g.K, depth), max_nc = min(ceil_div(g.N, NR) * NR, NC)
     cdef Py_ssize_t strips = ceil_div(g.M, MR)
@@ -472,7 +474,7 @@ def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N
 
 cdef enum:
     ROW_TILE = 64     # rows whose partial sums are added up on their own before they join the total
-    STRIPE = 512      # columns of a task when one row is multiplied
+    K_TILE = 64       # rows of the weight that a task takes when one row is multiplied by it
 
 
 cdef void add_dot_rows(float* out, const float* x, const float* weight, Py_ssize_t n, Py_ssize_t K) noexcept nogil:
@@ -515,19 +517,36 @@ cdef void add_scaled_rows(float* out, const float* x, const float* weight, Py_ss
             out[j] = out[j] + x[k] * weight[k * N + j]
 
 
-cdef void row_product(const Gemm* g) noexcept nogil:
-    """M = 1, a token at a time: the speed is that of reading b once, so nothing is packed."""
-    cdef Py_ssize_t task, i, j, n
-    for task in prange(ceil_div(g.N, STRIPE), schedule='static', num_threads=n_threads,
-                       use_threads_if=g.K * g.N > 4 * SERIAL):
-        j = task * STRIPE
-        n = min(STRIPE, g.N - j)
-        for i in range(j, j + n):
-            g.c[i] = (g.start[i] if g.start != NULL else 0) + (g.bias[i] if g.bias != NULL else 0)
+cdef int row_product(const Gemm* g) except -1:
+    """M = 1, a token at a time: the speed is that of reading b once, in the order in which it lies in memory.
+
+    If rows of b are contiguous, a task takes K_TILE of them, and the tasks' sums are added in their order.
+    """
+    cdef Py_ssize_t tiles = ceil_div(g.K, K_TILE), rows = ceil_div(g.N, K_TILE), task, j, k, t
+    cdef bint parallel_ = g.K * g.N > 4 * SERIAL
+    cdef float* sums = <float*>scratch(tiles * g.N * sizeof(float)) if g.rs_b != 1 else NULL
+    cdef vf acc
+    with nogil:
         if g.rs_b == 1:
-            add_dot_rows(g.c + j, g.a, g.b + j * g.cs_b, n, g.K)
-        else:
-            add_scaled_rows(g.c + j, g.a, g.b + j, n, g.K, g.N)
+            for task in prange(rows, schedule='static', num_threads=n_threads, use_threads_if=parallel_):
+                for j in range(task * K_TILE, min(g.N, (task + 1) * K_TILE)):
+                    g.c[j] = (g.start[j] if g.start != NULL else 0) + (g.bias[j] if g.bias != NULL else 0)
+                add_dot_rows(g.c + task * K_TILE, g.a, g.b + task * K_TILE * g.cs_b, min(K_TILE, g.N - task * K_TILE),
+                             g.K)
+            return 0
+        for task in prange(tiles, schedule='static', num_threads=n_threads, use_threads_if=parallel_):
+            memset(sums + task * g.N, 0, g.N * sizeof(float))
+            k = task * K_TILE
+            add_scaled_rows(sums + task * g.N, g.a + k, g.b + k * g.N, g.N, min(K_TILE, g.K - k), g.N)
+        for task in range(ceil_div(g.N, VL)):
+            j = task * VL
+            acc = part(g.start + j, g.N - j) if g.start != NULL else vset(0)
+            if g.bias != NULL:
+                acc = acc + part(g.bias + j, g.N - j)
+            for t in range(tiles):
+                acc = acc + part(sums + t * g.N + j, g.N - j)
+            put(g.c + j, acc, g.N - j)
+    return 0
 
 
 cdef void add_column_sums(float* out, const float* x, Py_ssize_t rows, Py_ssize_t N) noexcept nogil:
@@ -577,6 +596,71 @@ def linear_backward_weight(cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray d
     gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
     with nogil:
         add_column_sums(db, do, rows, N)
+
+
+# ---- packed weights ----------------------------------------------------------------------------------------
+#
+# Generation multiplies a few rows by the same weights again and again, so its speed is that of reading them. The
+# bfloat16 panels of the GEMM, made once and kept, are half the bytes, and give the bits of the GEMM.
+
+def packed_size(Py_ssize_t K, Py_ssize_t N):
+    return ceil_div(N, NR) * NR * ceil_div(K, 2)
+
+
+def pack_weight(cnp.ndarray packed, cnp.ndarray weight, Py_ssize_t K, Py_ssize_t N, bint transposed=False):
+    cdef Py_ssize_t p, panel = NR * ceil_div(K, 2), n_panels = ceil_div(N, NR)
+    cdef int32_t* out = <int32_t*>_array(packed, cnp.NPY_INT32, "int32", 1, panel * n_panels, "packed", True)
+    cdef const float* w = input(weight, N, K, "weight") if transposed else input(weight, K, N, "weight")
+    cdef Py_ssize_t rs = 1 if transposed else N, cs = K if transposed else 1
+    disjoint(packed, "packed", weight, "weight")
+    for p in prange(n_panels, nogil=True, schedule='static', num_threads=n_threads):
+        pack_panel_bf16(out + p * panel, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
+
+
+cdef void packed_row(float* out, const int32_t* x, const int32_t* panel, const float* bias, const float* residual,
+                     Py_ssize_t pairs, Py_ssize_t n) noexcept nogil:
+    """One row against one panel of n <= NR columns: a register tile of MR rows would wait for its arithmetic."""
+    cdef vf acc[NV]
+    cdef vf first
+    cdef Py_ssize_t k, j
+    acc[0] = acc[1] = vset(0)
+    for k in range(pairs):
+        acc[0] = vdot_bf16(acc[0], viset(x[k]), viload(panel + k * NR))
+        acc[1] = vdot_bf16(acc[1], viset(x[k]), viload(panel + k * NR + VL))
+    for j in range(NV):
+        if n > j * VL:
+            first = part(residual + j * VL, n - j * VL) if residual != NULL else vset(0)
+            if bias != NULL:
+                first = first + part(bias + j * VL, n - j * VL)
+            put(out + j * VL, first + acc[j], n - j * VL)
+
+
+def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarray bias, cnp.ndarray residual,
+                   Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N):
+    cdef Py_ssize_t pairs = ceil_div(K, 2), n_panels = ceil_div(N, NR), padded = ceil_div(rows, MR) * MR, p
+    cdef float* o = output(out, rows, N, "out")
+    cdef const float* px = input(x, rows, K, "x")
+    cdef const float* panels = <float*>_array(packed, cnp.NPY_INT32, "int32", 1, n_panels * NR * pairs, "packed", False)
+    cdef const float* b = input(bias, 1, N, "bias") if bias is not None else NULL
+    cdef const float* r = input(residual, rows, N, "residual") if residual is not None else NULL
+    cdef float* strips = <float*>scratch(padded * pairs * sizeof(float))
+    disjoint(out, "out", x, "x")
+    disjoint(out, "out", packed, "packed")
+    if b != NULL:
+        disjoint(out, "out", bias, "bias")
+    if r != NULL:
+        disjoint(out, "out", residual, "residual")
+    with nogil:
+        pack_rows_bf16(<int32_t*>strips, px, K, 1, rows, padded, K)
+        for p in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > 4 * SERIAL):
+            if rows == 1:
+                packed_row(o + p * NR, <int32_t*>strips, <int32_t*>panels + p * NR * pairs,
+                           b + p * NR if b != NULL else NULL, r + p * NR if r != NULL else NULL, pairs,
+                           min(NR, N - p * NR))
+            else:
+                macro_kernel(o + p * NR, N, strips, pairs, 1, panels + p * NR * pairs, 0,
+                             r + p * NR if r != NULL else NULL, N, b + p * NR if b != NULL else NULL, rows,
+                             min(NR, N - p * NR), pairs, True)
 
 
 # ---- embedding ---------------------------------------------------------------------------------------------

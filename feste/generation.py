@@ -97,14 +97,14 @@ def generate(model: GPT2, prompt: np.ndarray, B: int, max_new_tokens: int, sampl
     """
     block_size = model.config.block_size
     context = np.tile(prompt[-block_size:], (B, 1))
-    cache = Cache(model, B)
+    cache, weights = Cache(model, B), Weights(model)
     for i in range(max_new_tokens):
         if i == 0:
             logits = _read(model, cache, context[:1])
         elif cache.length == block_size:
             logits = _read(model, cache, context)
         else:
-            logits = _decode(model, cache, context[:, -1:])
+            logits = _decode(model, weights, cache, context[:, -1:])
         ids = [sampler(logits[b % len(logits)]) for b in range(B)]
         yield ids
         context = np.concatenate([context, np.array(ids, np.int32)[:, None]], axis=1)[:, -block_size:]
@@ -121,23 +121,58 @@ def _read(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:
     return cache.logits[:n]
 
 
-def _decode(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:
+class Weights:
+    """The matrices of a model as decoding reads them: in place, or in bf16 packed once, at half the bytes."""
+
+    def __init__(self, model: GPT2) -> None:
+        self.packed = model._bf16
+        self.head = self._prepare(model.head, transposed=True)
+        names = ("c_attn", "attn_proj", "c_fc", "mlp_proj")
+        self.blocks = [{name: (self._prepare(getattr(w, name)[0]), getattr(w, name)[1]) for name in names}
+                       for w in model._blocks]
+
+    def _prepare(self, weight: np.ndarray, transposed: bool = False) -> np.ndarray:
+        if not self.packed:
+            return weight
+        K, N = weight.shape[::-1] if transposed else weight.shape
+        packed = np.empty(ops.packed_size(K, N), np.int32)
+        ops.pack_weight(packed, weight, K, N, transposed)
+        return packed
+
+    def linear(self, out: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray,
+               residual: np.ndarray | None) -> None:
+        """out (B, N) = x (B, K) @ weight + bias + residual."""
+        (B, K), N = x.shape, out.shape[1]
+        if self.packed:
+            ops.packed_forward(out, x, weight, bias, residual, B, K, N)
+        else:
+            ops.linear_forward(out, x, weight, bias, residual, B, K, N)
+
+    def logits(self, out: np.ndarray, x: np.ndarray) -> None:
+        (B, C), V = x.shape, out.shape[1]
+        if self.packed:
+            ops.packed_forward(out, x, self.head, None, None, B, C, V)
+        else:
+            ops.gemm(out, x, self.head, B, V, C, trans_b=True)
+
+
+def _decode(model: GPT2, weights: Weights, cache: Cache, ids: np.ndarray) -> np.ndarray:
     """Append one token (B, 1) to each cached sequence; returns the logits (B, V)."""
-    c, params, bf16 = model.config, model.params, model._bf16
+    c, params, linear = model.config, model.params, weights.linear
     B, C, H, D = cache.B, c.n_embd, cache.H, cache.D
     x, ln, stats = cache.x, cache.ln, (cache.mean, cache.rstd)
     ops.embedding_forward(x, ids, params["transformer.wte.weight"], params["transformer.wpe.weight"], B, 1, C,
                           cache.length)
-    for i, w in enumerate(model._blocks):
-        ops.layernorm_forward(ln, *stats, x, *w.ln_1, B, C)
-        ops.linear_forward(cache.qkv, ln, *w.c_attn, None, B, C, 3 * C, bf16)
+    for i, (block, w) in enumerate(zip(model._blocks, weights.blocks, strict=True)):
+        ops.layernorm_forward(ln, *stats, x, *block.ln_1, B, C)
+        linear(cache.qkv, ln, *w["c_attn"], None)
         ops.attention_decode(cache.att, cache.k[i], cache.v[i], cache.qkv, B, H, D, cache.length, cache.block_size)
-        ops.linear_forward(cache.mid, cache.att, *w.attn_proj, x, B, C, C, bf16)
-        ops.layernorm_forward(ln, *stats, cache.mid, *w.ln_2, B, C)
-        ops.linear_forward(cache.fc, ln, *w.c_fc, None, B, C, 4 * C, bf16)
+        linear(cache.mid, cache.att, *w["attn_proj"], x)
+        ops.layernorm_forward(ln, *stats, cache.mid, *block.ln_2, B, C)
+        linear(cache.fc, ln, *w["c_fc"], None)
         ops.gelu_forward(cache.gelu, cache.fc, B * 4 * C)
-        ops.linear_forward(x, cache.gelu, *w.mlp_proj, cache.mid, B, 4 * C, C, bf16)
+        linear(x, cache.gelu, *w["mlp_proj"], cache.mid)
     ops.layernorm_forward(ln, *stats, x, params["transformer.ln_f.weight"], params["transformer.ln_f.bias"], B, C)
-    ops.gemm(cache.logits, ln, model.head, B, c.vocab_size, C, trans_b=True, bf16=bf16)
+    weights.logits(cache.logits, ln)
     cache.length += 1
     return cache.logits

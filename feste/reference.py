@@ -76,6 +76,25 @@ def linear_backward_weight(dweight, dbias, dout, x, rows, K, N, bf16=False):
     dbias += dout.reshape(rows, N).sum(axis=0)
 
 
+# ---- packed weights ----------------------------------------------------------------------------------------
+
+
+def packed_size(K, N):
+    """Elements of the int32 array that holds a packed weight (K, N). Its layout is the module's own business."""
+    return K * N
+
+
+def pack_weight(packed, weight, K, N, transposed=False):
+    """packed = weight (K, N), or its transpose, rounded to bfloat16 and laid out for packed_forward."""
+    rounded = _operand(weight.astype(np.float32).reshape((N, K) if transposed else (K, N)), True)
+    packed[:] = (rounded.T if transposed else rounded).reshape(-1).view(np.int32)
+
+
+def packed_forward(out, x, packed, bias, residual, rows, K, N):
+    """linear_forward in bf16 with a packed weight; bias and residual may be None."""
+    linear_forward(out, x, packed.view(np.float32), 0.0 if bias is None else bias, residual, rows, K, N, bf16=True)
+
+
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 
@@ -183,42 +202,41 @@ def _attention_mask(p, key, B, T, H):
     return dropout_mask(p, key, 0, B * H * T * T).reshape(B, H, T, T) if p else 1.0
 
 
-def attention_forward(out, lse, qkv, B, T, H, D, p=0.0, key=0, bf16=False):
+def attention_forward(out, lse, qkv, B, T, H, D, p=0.0, key=0):
     """Causal multi-head attention: out (B, T, C) from qkv (B, T, 3C); C = H * D.
 
     scores = q k^T / sqrt(D) for keys up to the query's own position, weights = softmax(scores) with dropout
     p, out = weights v. lse (B, H, T) keeps log(sum(exp(scores))), all the backward pass needs to make the
     weights again. Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135.
     """
-    q, k, v = (_operand(x, bf16) for x in _heads(qkv, B, T, H, D))
+    q, k, v = _heads(qkv, B, T, H, D)
     scores = q @ np.swapaxes(k, 2, 3) / np.sqrt(D)
     scores[:, :, np.triu(np.ones((T, T), bool), 1)] = -np.inf
     peak = scores.max(axis=3, keepdims=True)
     lse.reshape(B, H, T)[:] = (peak + np.log(np.exp(scores - peak).sum(axis=3, keepdims=True)))[..., 0]
     weights = np.exp(scores - lse.reshape(B, H, T, 1)) * _attention_mask(p, key, B, T, H)
-    out.reshape(B, T, H, D)[:] = np.moveaxis(_operand(weights, bf16) @ v, 1, 2)
+    out.reshape(B, T, H, D)[:] = np.moveaxis(weights @ v, 1, 2)
 
 
-def attention_backward(dqkv, dout, qkv, out, lse, B, T, H, D, p=0.0, key=0, bf16=False):
+def attention_backward(dqkv, dout, qkv, out, lse, B, T, H, D, p=0.0, key=0):
     """dqkv (B, T, 3C) from dout (B, T, C).
 
     dv = weights^T dout;  dweights = dout v^T;  dscores = weights * (dweights - delta) with
     delta = sum(dout * out) over a head's channels, which equals sum(weights * dweights) over the keys;
     dq = dscores k / sqrt(D);  dk = dscores^T q / sqrt(D).
     """
-    q, k, v = (_operand(x, bf16) for x in _heads(qkv, B, T, H, D))
+    q, k, v = _heads(qkv, B, T, H, D)
     do = np.moveaxis(dout.reshape(B, T, H, D), 2, 1)
     delta = (do * np.moveaxis(out.reshape(B, T, H, D), 2, 1)).sum(axis=3, keepdims=True)
-    do = _operand(do, bf16)
     scores = q @ np.swapaxes(k, 2, 3) / np.sqrt(D)
     weights = np.exp(scores - lse.reshape(B, H, T, 1))
     weights[:, :, np.triu(np.ones((T, T), bool), 1)] = 0.0
     mask = _attention_mask(p, key, B, T, H)
-    dscores = _operand(weights * (do @ np.swapaxes(v, 2, 3) * mask - delta), bf16)
+    dscores = weights * (do @ np.swapaxes(v, 2, 3) * mask - delta)
     dq, dk, dv = _heads(dqkv, B, T, H, D)
     dq[:] = dscores @ k / np.sqrt(D)
     dk[:] = np.swapaxes(dscores, 2, 3) @ q / np.sqrt(D)
-    dv[:] = np.swapaxes(_operand(weights * mask, bf16), 2, 3) @ do
+    dv[:] = np.swapaxes(weights * mask, 2, 3) @ do
 
 
 def attention_decode(out, k_cache, v_cache, qkv, B, H, D, position, block_size):
