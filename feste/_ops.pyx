@@ -77,7 +77,8 @@ cdef void* _array(cnp.ndarray x, int dtype, str dtype_name, Py_ssize_t rows, Py_
                   bint output) except NULL:
     if (cnp.PyArray_TYPE(x) != dtype or not cnp.PyArray_ISCARRAY_RO(x) or cnp.PyArray_NDIM(x) == 0
             or cnp.PyArray_SIZE(x) != rows * cols
-            or (rows != 1 and cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != cols) or cnp.PyArray_SIZE(x) == 0 or (output and not cnp.PyArray_ISWRITEABLE(x))):
+            or (rows != 1 and cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != cols) or cnp.PyArray_SIZE(x) == 0
+            or (output and not cnp.PyArray_ISWRITEABLE(x))):
         raise ValueError(
             f"{name} must be a C-contiguous, aligned{', writeable' if output else ''} {dtype_name} array of "
             f"{rows} x {cols} elements, got {(<object>x).dtype} of shape {(<object>x).shape}"
@@ -104,11 +105,22 @@ cdef int32_t* index(cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t 
     return data
 
 
-cdef int disjoint(cnp.ndarray x, str x_name, cnp.ndarray y, str y_name) except -1:
-    cdef char* a = <char*>cnp.PyArray_DATA(x)
-    cdef char* b = <char*>cnp.PyArray_DATA(y)
-    if a < b + cnp.PyArray_NBYTES(y) and b < a + cnp.PyArray_NBYTES(x):
-        raise ValueError(f"{x_name} must not overlap {y_name}")
+cdef int separate(tuple arrays, int n_outputs, str names, int may_be=0) except -1:
+    """ValueError if one of the first n_outputs arrays overlaps another array; None stands for an array not given.
+
+    Bit i of may_be: the first output may be the very memory of array i.
+    """
+    cdef char* begin[8]
+    cdef char* end[8]
+    cdef int i, j, n = <int>len(arrays)
+    for i in range(n):
+        begin[i] = end[i] = NULL
+        if arrays[i] is not None:
+            begin[i] = <char*>cnp.PyArray_DATA(<cnp.ndarray>arrays[i])
+            end[i] = begin[i] + cnp.PyArray_NBYTES(<cnp.ndarray>arrays[i])
+        for j in range(min(i, n_outputs)):
+            if begin[i] < end[j] and begin[j] < end[i] and not (j == 0 and may_be >> i & 1 and begin[i] == begin[0]):
+                raise ValueError(f"{names.split()[j]} must not overlap {names.split()[i]}")
     return 0
 
 
@@ -221,15 +233,23 @@ cdef inline void start_tile(vf (*acc)[NV], const float* start, Py_ssize_t ld_sta
             acc[i][1] = acc[i][1] + vload(bias + VL)
 
 
-cdef void edge_tile(float* c, Py_ssize_t ldc, const float* tile, const float* start, Py_ssize_t ld_start,
-                    const float* bias, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
-    """c (m, n) = start + bias + the corner of a whole tile, where the matrix ends inside the tile."""
+cdef void load_edge(float* tile, const float* start, Py_ssize_t ld_start, const float* bias, Py_ssize_t m,
+                    Py_ssize_t n) noexcept nogil:
+    """tile (MR, NR) = start (m, n) + bias (n), zero beyond."""
     cdef Py_ssize_t i, j
-    cdef float x
+    memset(tile, 0, MR * NR * sizeof(float))
     for i in range(m):
         for j in range(n):
-            x = start[i * ld_start + j] if start != NULL else 0
-            c[i * ldc + j] = x + (bias[j] if bias != NULL else 0) + tile[i * NR + j]
+            if start != NULL:
+                tile[i * NR + j] = start[i * ld_start + j]
+            if bias != NULL:
+                tile[i * NR + j] += bias[j]
+
+
+cdef void store_edge(float* c, Py_ssize_t ldc, const float* tile, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(m):
+        memcpy(c + i * ldc, tile + i * NR, n * sizeof(float))
 
 
 cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a,
@@ -237,14 +257,15 @@ cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t rs_a
                        const float* bias, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, bint bf16) noexcept nogil:
     """c (m, n) = start + bias + a (m, k) b (k, n) on packed panels of b; a has whole strips of MR rows.
 
-    In bf16, a and panels hold pairs and k counts pairs.
+    In bf16, a and panels hold pairs and k counts pairs. Where the matrix ends inside a register tile, the tile
+    is a copy on the stack, so each element is summed in the same order wherever tiles begin.
     """
     cdef float tile[MR * NR]
     cdef const float* b
     cdef const float* first
     cdef const float* bias_j
     cdef float* target
-    cdef Py_ssize_t ib, jb, i, j, ld
+    cdef Py_ssize_t ib, jb, i, j, ld, ld_first
     cdef bint whole
     for jb in range(ceil_div(n, NR)):
         j = jb * NR
@@ -252,18 +273,19 @@ cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t rs_a
         for ib in range(ceil_div(m, MR)):
             i = ib * MR
             whole = i + MR <= m and j + NR <= n
-            target = c + i * ldc + j if whole else tile
-            ld = ldc if whole else NR
-            first = start + i * ld_start + j if start != NULL and whole else NULL
-            bias_j = bias + j if bias != NULL and whole else NULL
+            first = start + i * ld_start + j if start != NULL else NULL
+            bias_j = bias + j if bias != NULL else NULL
+            target, ld, ld_first = c + i * ldc + j, ldc, ld_start
+            if not whole:
+                load_edge(tile, first, ld_start, bias_j, min(m - i, MR), min(n - j, NR))
+                target, ld, first, ld_first, bias_j = tile, NR, tile, NR, NULL
             if bf16:
                 micro_kernel_bf16(target, ld, <const int32_t*>(a + i * rs_a), rs_a, cs_a, <const int32_t*>b,
-                                  first, ld_start, bias_j, k)
+                                  first, ld_first, bias_j, k)
             else:
-                micro_kernel(target, ld, a + i * rs_a, rs_a, cs_a, b, first, ld_start, bias_j, k)
+                micro_kernel(target, ld, a + i * rs_a, rs_a, cs_a, b, first, ld_first, bias_j, k)
             if not whole:
-                edge_tile(c + i * ldc + j, ldc, tile, start + i * ld_start + j if start != NULL else NULL,
-                          ld_start, bias + j if bias != NULL else NULL, min(m - i, MR), min(n - j, NR))
+                store_edge(c + i * ldc + j, ldc, tile, min(m - i, MR), min(n - j, NR))
 
 
 cdef void pack_panel(float* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
@@ -465,8 +487,7 @@ def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N
     g.rs_b, g.cs_b = 1 if trans_b else N, K if trans_b else 1
     g.start, g.bias = g.c if accumulate else NULL, NULL
     g.M, g.N, g.K, g.bf16 = M, N, K, bf16
-    disjoint(c, "c", a, "a")
-    disjoint(c, "c", b, "b")
+    separate((c, a, b), 1, "c a b")
     run_gemm(&g)
 
 
@@ -572,17 +593,15 @@ def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarr
     g.bias = input(bias, 1, N, "bias")
     g.start = input(residual, rows, N, "residual") if residual is not None else NULL
     g.M, g.N, g.K, g.bf16 = rows, N, K, bf16
-    disjoint(out, "out", x, "x")
-    disjoint(out, "out", weight, "weight")
-    disjoint(out, "out", bias, "bias")
-    if residual is not None:
-        disjoint(out, "out", residual, "residual")
+    separate((out, x, weight, bias, residual), 1, "out x weight bias residual")
     run_gemm(&g)
 
 
 def linear_backward_input(cnp.ndarray dx, cnp.ndarray dout, cnp.ndarray weight, Py_ssize_t rows, Py_ssize_t K,
                           Py_ssize_t N, bint bf16=False):
     # out = x @ weight + bias   ->   dx = dout @ weight^T
+    output(dx, rows, K, "dx")
+    separate((dx, dout, weight), 1, "dx dout weight")
     gemm(dx, dout, weight, rows, K, N, trans_b=True, bf16=bf16)
 
 
@@ -591,8 +610,8 @@ def linear_backward_weight(cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray d
     # out = x @ weight + bias   ->   dweight = x^T @ dout, dbias = the sum of dout over the rows
     cdef float* db = output(dbias, 1, N, "dbias")
     cdef const float* do = input(dout, rows, N, "dout")
-    disjoint(dbias, "dbias", dout, "dout")
-    disjoint(dbias, "dbias", dweight, "dweight")
+    output(dweight, K, N, "dweight")
+    separate((dweight, dbias, dout, x), 2, "dweight dbias dout x")
     gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
     with nogil:
         add_column_sums(db, do, rows, N)
@@ -612,7 +631,7 @@ def pack_weight(cnp.ndarray packed, cnp.ndarray weight, Py_ssize_t K, Py_ssize_t
     cdef int32_t* out = <int32_t*>_array(packed, cnp.NPY_INT32, "int32", 1, panel * n_panels, "packed", True)
     cdef const float* w = input(weight, N, K, "weight") if transposed else input(weight, K, N, "weight")
     cdef Py_ssize_t rs = 1 if transposed else N, cs = K if transposed else 1
-    disjoint(packed, "packed", weight, "weight")
+    separate((packed, weight), 1, "packed weight")
     for p in prange(n_panels, nogil=True, schedule='static', num_threads=n_threads):
         pack_panel_bf16(out + p * panel, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
 
@@ -621,18 +640,19 @@ cdef void packed_row(float* out, const int32_t* x, const int32_t* panel, const f
                      Py_ssize_t pairs, Py_ssize_t n) noexcept nogil:
     """One row against one panel of n <= NR columns: a register tile of MR rows would wait for its arithmetic."""
     cdef vf acc[NV]
-    cdef vf first
     cdef Py_ssize_t k, j
-    acc[0] = acc[1] = vset(0)
+    for j in range(NV):
+        acc[j] = vset(0)
+        if n > j * VL and residual != NULL:
+            acc[j] = part(residual + j * VL, n - j * VL)
+        if n > j * VL and bias != NULL:
+            acc[j] = acc[j] + part(bias + j * VL, n - j * VL)
     for k in range(pairs):
         acc[0] = vdot_bf16(acc[0], viset(x[k]), viload(panel + k * NR))
         acc[1] = vdot_bf16(acc[1], viset(x[k]), viload(panel + k * NR + VL))
     for j in range(NV):
         if n > j * VL:
-            first = part(residual + j * VL, n - j * VL) if residual != NULL else vset(0)
-            if bias != NULL:
-                first = first + part(bias + j * VL, n - j * VL)
-            put(out + j * VL, first + acc[j], n - j * VL)
+            put(out + j * VL, acc[j], n - j * VL)
 
 
 def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarray bias, cnp.ndarray residual,
@@ -644,12 +664,7 @@ def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarr
     cdef const float* b = input(bias, 1, N, "bias") if bias is not None else NULL
     cdef const float* r = input(residual, rows, N, "residual") if residual is not None else NULL
     cdef float* strips = <float*>scratch(padded * pairs * sizeof(float))
-    disjoint(out, "out", x, "x")
-    disjoint(out, "out", packed, "packed")
-    if b != NULL:
-        disjoint(out, "out", bias, "bias")
-    if r != NULL:
-        disjoint(out, "out", residual, "residual")
+    separate((out, x, packed, bias, residual), 1, "out x packed bias residual")
     with nogil:
         pack_rows_bf16(<int32_t*>strips, px, K, 1, rows, padded, K)
         for p in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > 4 * SERIAL):
@@ -675,8 +690,7 @@ def embedding_forward(cnp.ndarray out, cnp.ndarray ids, cnp.ndarray wte, cnp.nda
     cdef Py_ssize_t i, j, jb, t
     if position < 0 or position + T > block_size:
         raise ValueError(f"positions {position} .. {position + T - 1} lie outside wpe's 0 .. {block_size - 1}")
-    disjoint(out, "out", wte, "wte")
-    disjoint(out, "out", wpe, "wpe")
+    separate((out, ids, wte, wpe), 1, "out ids wte wpe")
     for i in prange(B * T, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=B * T * C > SERIAL):
         t = position + i % T
         for jb in range(ceil_div(C, VL)):
@@ -699,9 +713,7 @@ def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp
     cdef vf grad
     if T > block_size:
         raise ValueError(f"{T} positions do not fit the {block_size} rows of dwpe")
-    disjoint(dwte, "dwte", dout, "dout")
-    disjoint(dwpe, "dwpe", dout, "dout")
-    disjoint(dwte, "dwte", dwpe, "dwpe")
+    separate((dwte, dwpe, dout, ids), 2, "dwte dwpe dout ids")
     for task in prange(ceil_div(C, VL), nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=B * T * C > SERIAL):
         j = task * VL
@@ -748,9 +760,7 @@ def layernorm_forward(cnp.ndarray out, cnp.ndarray mean, cnp.ndarray rstd, cnp.n
     cdef const float* w = input(weight, 1, C, "weight")
     cdef const float* b = input(bias, 1, C, "bias")
     cdef Py_ssize_t i
-    disjoint(out, "out", x, "x")
-    disjoint(out, "out", weight, "weight")
-    disjoint(out, "out", bias, "bias")
+    separate((out, mean, rstd, x, weight, bias), 3, "out mean rstd x weight bias")
     for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * C > SERIAL):
         layernorm_row(o + i * C, mu + i, rs + i, px + i * C, w, b, C)
 
@@ -799,9 +809,9 @@ def layernorm_backward(cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, c
     cdef Py_ssize_t tiles = ceil_div(rows, ROW_TILE), tile, i, j
     cdef float* partial = <float*>scratch(tiles * 2 * C * sizeof(float))
     cdef float* pw
-    disjoint(dx, "dx", dout, "dout")
-    disjoint(dx, "dx", x, "x")
-    disjoint(dx, "dx", weight, "weight")
+    separate((dx, dweight, dbias, dresidual, dout, x, weight, mean), 3,
+             "dx dweight dbias dresidual dout x weight mean", 1 << 3)
+    separate((dx, dweight, dbias, rstd), 3, "dx dweight dbias rstd")
     for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads):
         pw = partial + tile * 2 * C
         memset(pw, 0, 2 * C * sizeof(float))
@@ -833,7 +843,7 @@ def gelu_forward(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):
     cdef const float* px = input(x, 1, n, "x")
     cdef Py_ssize_t task, i
     cdef vf v
-    disjoint(out, "out", x, "x")
+    separate((out, x), 1, "out x")
     for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=n > SERIAL):
         i = task * VL
@@ -849,10 +859,7 @@ def gelu_backward(cnp.ndarray dx, cnp.ndarray out, cnp.ndarray dout, cnp.ndarray
     cdef const float* px = input(x, 1, n, "x")
     cdef Py_ssize_t task, i
     cdef vf v, gate, twice_du
-    disjoint(dx, "dx", x, "x")
-    disjoint(dx, "dx", out, "out")
-    disjoint(out, "out", x, "x")
-    disjoint(out, "out", dout, "dout")
+    separate((dx, out, dout, x), 2, "dx out dout x", 1 << 2)
     for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=n > SERIAL):
         i = task * VL
@@ -866,7 +873,7 @@ def gelu_backward(cnp.ndarray dx, cnp.ndarray out, cnp.ndarray dout, cnp.ndarray
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 cdef inline float dropout_factor(uint64_t key, uint64_t i, uint64_t threshold, float kept) noexcept nogil:
-    """0 or kept = 1 / (1 - p), from (key, i) alone: see reference.dropout_mask."""
+    """0 or kept = 1 / (1 - p), from (key, i) alone: see reference._dropout_mask."""
     cdef uint64_t z = key + i * <uint64_t>0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * <uint64_t>0x94D049BB133111EB
@@ -880,26 +887,33 @@ cdef int check_dropout(double p) except -1:
     return 0
 
 
+cdef void dropout(float* out, const float* x, const float* residual, double p, uint64_t key,
+                  Py_ssize_t n) noexcept nogil:
+    cdef uint64_t threshold = <uint64_t>(p * 4294967296.0)
+    cdef float kept = <float>(1 / (1 - p))
+    cdef Py_ssize_t i
+    for i in prange(n, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
+        out[i] = (residual[i] if residual != NULL else 0) + x[i] * dropout_factor(key, i, threshold, kept)
+
+
 def dropout_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray residual, double p, uint64_t key, Py_ssize_t n):
     cdef float* o = output(out, 1, n, "out")
     cdef const float* px = input(x, 1, n, "x")
     cdef const float* r = input(residual, 1, n, "residual") if residual is not None else NULL
-    cdef uint64_t threshold = <uint64_t>(p * 4294967296.0)
-    cdef float kept = 0
-    cdef Py_ssize_t i
     check_dropout(p)
-    kept = <float>(1 / (1 - p))
-    if o != px:
-        disjoint(out, "out", x, "x")
-    if r != NULL and o != r:
-        disjoint(out, "out", residual, "residual")
-    for i in prange(n, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
-        o[i] = (r[i] if r != NULL else 0) + px[i] * dropout_factor(key, i, threshold, kept)
+    separate((out, x, residual), 1, "out x residual", 1 << 1 | 1 << 2)
+    with nogil:
+        dropout(o, px, r, p, key, n)
 
 
 def dropout_backward(cnp.ndarray dx, cnp.ndarray dout, double p, uint64_t key, Py_ssize_t n):
     # out = residual + x * mask   ->   dx = dout * mask
-    dropout_forward(dx, dout, None, p, key, n)
+    cdef float* g = output(dx, 1, n, "dx")
+    cdef const float* do = input(dout, 1, n, "dout")
+    check_dropout(p)
+    separate((dx, dout), 1, "dx dout", 1 << 1)
+    with nogil:
+        dropout(g, do, NULL, p, key, n)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -1033,9 +1047,7 @@ def attention_forward(cnp.ndarray out, cnp.ndarray lse, cnp.ndarray qkv, Py_ssiz
     cdef const float* x = input(qkv, B * T, 3 * H * D, "qkv")
     cdef Heads h
     describe_heads(&h, B, T, H, D, p, key)
-    disjoint(out, "out", qkv, "qkv")
-    disjoint(lse, "lse", qkv, "qkv")
-    disjoint(lse, "lse", out, "out")
+    separate((out, lse, qkv), 2, "out lse qkv")
     cdef Py_ssize_t size = h.Tp * D + h.Dp * T + h.queries * (D + h.ld), head
     cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
     for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
@@ -1153,9 +1165,7 @@ def attention_backward(cnp.ndarray dqkv, cnp.ndarray dout, cnp.ndarray qkv, cnp.
     cdef const float* l = input(lse, 1, B * H * T, "lse")
     cdef Heads h
     describe_heads(&h, B, T, H, D, p, key)
-    disjoint(dqkv, "dqkv", dout, "dout")
-    disjoint(dqkv, "dqkv", qkv, "qkv")
-    disjoint(dqkv, "dqkv", out, "out")
+    separate((dqkv, dout, qkv, out, lse), 1, "dqkv dout qkv out lse")
     cdef Py_ssize_t size = 2 * h.Tp * D + h.Dp * T + h.queries * (2 * D + 2 * h.Dp + 2 * h.ld + 1), head
     cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
     for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
@@ -1187,7 +1197,7 @@ def attention_decode(cnp.ndarray out, cnp.ndarray k_cache, cnp.ndarray v_cache, 
     cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
     if position < 0 or position >= block_size:
         raise ValueError(f"position must lie in 0 .. {block_size - 1}, got {position}")
-    disjoint(out, "out", qkv, "qkv")
+    separate((out, k_cache, v_cache, qkv), 3, "out k_cache v_cache qkv")
     for head in prange(B * H, nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=B * C * position > SERIAL):
         b = head // H
@@ -1219,9 +1229,7 @@ def cross_entropy_forward(cnp.ndarray losses, cnp.ndarray lse, cnp.ndarray logit
     cdef const float* x = input(logits, rows, V, "logits")
     cdef const int32_t* target = index(targets, 1, rows, V, "targets")
     cdef Py_ssize_t i
-    disjoint(losses, "losses", logits, "logits")
-    disjoint(lse, "lse", logits, "logits")
-    disjoint(losses, "losses", lse, "lse")
+    separate((losses, lse, logits, targets), 2, "losses lse logits targets")
     for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
         l[i] = log_sum_exp(x + i * V, V)
         loss[i] = l[i] - x[i * V + target[i]]
@@ -1244,9 +1252,7 @@ def cross_entropy_backward(cnp.ndarray dlogits, cnp.ndarray logits, cnp.ndarray 
     cdef const int32_t* target = index(targets, 1, rows, V, "targets")
     cdef const float* l = input(lse, 1, rows, "lse")
     cdef Py_ssize_t i
-    if g != x:
-        disjoint(dlogits, "dlogits", logits, "logits")
-    disjoint(dlogits, "dlogits", lse, "lse")
+    separate((dlogits, logits, targets, lse), 1, "dlogits logits targets lse", 1 << 1)
     for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
         softmax_gradient_row(g + i * V, x + i * V, l[i], scale, target[i], V)
 
@@ -1290,18 +1296,15 @@ def adamw_update(cnp.ndarray param, cnp.ndarray m, cnp.ndarray v, cnp.ndarray gr
     cdef float* pm = output(m, 1, n, "m")
     cdef float* pv = output(v, 1, n, "v")
     cdef float* g = output(grad, 1, n, "grad")
-    cdef vf b1 = vset(<float>beta1), b2 = vset(<float>beta2), c1 = vset(<float>(1 - beta1)), c2 = vset(<float>(1 - beta2))
+    cdef vf b1 = vset(<float>beta1), b2 = vset(<float>beta2)
+    cdef vf c1 = vset(<float>(1 - beta1)), c2 = vset(<float>(1 - beta2))
     cdef vf correct1 = vset(<float>(1 / (1 - beta1 ** t))), correct2 = vset(<float>(1 / (1 - beta2 ** t)))
     cdef vf keep = vset(<float>(1 - learning_rate * weight_decay)), rate = vset(<float>learning_rate)
     cdef vf scale = vset(<float>grad_scale), small = vset(<float>eps), gi, mi, vi_
     cdef Py_ssize_t task, i
     if t < 1:
         raise ValueError(f"t counts updates from 1, got {t}")
-    for a, a_name in ((param, "param"), (m, "m"), (v, "v")):
-        disjoint(grad, "grad", a, a_name)
-    disjoint(param, "param", m, "m")
-    disjoint(param, "param", v, "v")
-    disjoint(m, "m", v, "v")
+    separate((param, m, v, grad), 4, "param m v grad")
     for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=n > SERIAL):
         i = task * VL
@@ -1321,6 +1324,7 @@ def round_bf16(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):
     cdef float* o = output(out, 1, n, "out")
     cdef const float* px = input(x, 1, n, "x")
     cdef Py_ssize_t task, i
+    separate((out, x), 1, "out x")
     for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
                        use_threads_if=n > SERIAL):
         i = task * VL

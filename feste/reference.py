@@ -162,7 +162,7 @@ def gelu_backward(dx, out, dout, x, n):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 
-def dropout_mask(p, key, first, n):
+def _dropout_mask(p, key, first, n):
     """The factors of dropout for the elements first .. first + n: 0 with probability p, else 1 / (1 - p).
 
     A counter-based generator: the factor of an element depends on (key, its index) alone, so any thread can
@@ -180,7 +180,7 @@ def dropout_mask(p, key, first, n):
 
 def dropout_forward(out, x, residual, p, key, n):
     """out (n) = residual (n) + x (n) * mask; residual may be None, and out may be x or residual itself."""
-    dropped = x.reshape(-1) * dropout_mask(p, key, 0, n)
+    dropped = x.reshape(-1) * _dropout_mask(p, key, 0, n)
     out.reshape(-1)[:] = dropped if residual is None else residual.reshape(-1) + dropped
 
 
@@ -199,7 +199,7 @@ def _heads(qkv, B, T, H, D):
 
 def _attention_mask(p, key, B, T, H):
     """Dropout factors of the attention weights (B, H, T, T), element index ((b * H + h) * T + i) * T + j."""
-    return dropout_mask(p, key, 0, B * H * T * T).reshape(B, H, T, T) if p else 1.0
+    return _dropout_mask(p, key, 0, B * H * T * T).reshape(B, H, T, T) if p else 1.0
 
 
 def attention_forward(out, lse, qkv, B, T, H, D, p=0.0, key=0):

@@ -152,11 +152,11 @@ def test_cross_entropy():
 
 def test_dropout_keeps_its_share_and_its_mean():
     n, p = 200_000, 0.3
-    mask = reference.dropout_mask(p, 12345, 0, n)
+    mask = reference._dropout_mask(p, 12345, 0, n)
     assert set(np.unique(mask)) == {0.0, 1 / 0.7}
     assert abs((mask == 0).mean() - p) < 5 * np.sqrt(p * (1 - p) / n)
-    assert np.array_equal(mask[1000:1010], reference.dropout_mask(p, 12345, 1000, 10))
-    assert not np.array_equal(mask, reference.dropout_mask(p, 12346, 0, n))
+    assert np.array_equal(mask[1000:1010], reference._dropout_mask(p, 12345, 1000, 10))
+    assert not np.array_equal(mask, reference._dropout_mask(p, 12346, 0, n))
     x, out = normal(100), np.empty(100)
     reference.dropout_backward(out, x, p, 12345, 100)
     assert np.array_equal(out, x * mask[:100])
