@@ -1,0 +1,74 @@
+"""Contenders in alternation: processes, medians, ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Figure:
+    """What one contender reached in one discipline: one value for each round."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
+    def __str__(self) -> str:
+        low, high = self.range
+        return f"{self.median:.3g} ({low:.3g} - {high:.3g})"
+
+
+class Unavailable(Exception):
+    """A contender that cannot run here: its library is missing, or it failed."""
+
+
+def run_worker(task: str, env: dict[str, str] | None = None, **arguments) -> dict:
+    """One measurement in its own process; the worker prints its result as the last line, in JSON."""
+    command = [sys.executable, "-m", "tools.bench.worker", task, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(lines[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def alternate(task: str, contenders: dict[str, dict], rounds: int, say=print) -> tuple[dict[str, list[dict]], dict]:
+    """Every contender once a round. Returns its results, round by round, and the reasons of those that cannot run."""
+    results: dict[str, list[dict]] = {name: [] for name in contenders}
+    missing: dict[str, str] = {}
+    for number in range(rounds):
+        for name, arguments in contenders.items():
+            if name in missing:
+                continue
+            try:
+                results[name].append(run_worker(task, **arguments))
+                say(f"  round {number + 1} {name}: {_brief(results[name][-1])}")
+            except Unavailable as reason:
+                missing[name] = str(reason)
+                say(f"  {name} does not run here: {reason}")
+    return {name: values for name, values in results.items() if values}, missing
+
+
+def _brief(result: dict) -> str:
+    shown = [f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float))]
+    return ", ".join(shown[:4])
+
+
+def figures(results: dict[str, list[dict]], key: str) -> dict[str, Figure]:
+    return {name: Figure([result[key] for result in rounds]) for name, rounds in results.items()}
+
+
+def ratios(results: dict[str, list[dict]], key: str, ours: str, theirs: str) -> Figure:
+    """Round by round, so that a slow phase of the machine counts for both."""
+    return Figure([a[key] / b[key] for a, b in zip(results[ours], results[theirs], strict=False)])

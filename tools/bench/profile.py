@@ -1,0 +1,77 @@
+"""Where the time of a step goes: every kernel call timed, by kernel and by matrix shape."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+
+import feste.model
+import feste.optim
+from feste import ops
+from tools.bench.sizes import SEQUENCES, model_config, step_flops
+from tools.bench.steps import _batch, _feste_stepper
+from tools.bench.worker import measured_peak
+
+
+class Stopwatch:
+    """Stands in for feste.ops and adds up the seconds of each kernel."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self.flops: dict[str, float] = defaultdict(float)
+        self.ops = SimpleNamespace(**{name: self._timed(name, getattr(ops, name)) for name in dir(ops)
+                                      if callable(getattr(ops, name)) and not name.startswith("_")})
+
+    def _timed(self, name: str, kernel):
+        def call(*args, **kwargs):
+            begun = time.perf_counter()
+            result = kernel(*args, **kwargs)
+            seconds = time.perf_counter() - begun
+            key, flops = _label(name, args)
+            self.seconds[key] += seconds
+            self.calls[key] += 1
+            self.flops[key] += flops
+            return result
+        return call
+
+    def reset(self) -> None:
+        for table in (self.seconds, self.calls, self.flops):
+            table.clear()
+
+
+def _label(name: str, args: tuple) -> tuple[str, float]:
+    """A kernel's name with its matrix shape, and the operations of a matrix product."""
+    if name.startswith("linear") or name == "gemm":
+        sizes = [a for a in args if isinstance(a, int) and not isinstance(a, bool)][:3]
+        return f"{name} {'x'.join(map(str, sizes))}", 2.0 * sizes[0] * sizes[1] * sizes[2]
+    if name.startswith("attention"):
+        B, T, H, D = [a for a in args if isinstance(a, int)][:4]
+        return name, (4 if name.endswith("forward") else 8) * B * H * D * T * (T + 1) / 2
+    return name, 0.0
+
+
+def profile(size: str, precision: str, steps: int = 10) -> str:
+    """A table of what the kernels of a step cost, and of what is left between them."""
+    config, watch = model_config(size), Stopwatch()
+    step, batch = _feste_stepper(config, precision, 1), _batch(config, SEQUENCES)
+    for _ in range(2):
+        step(*batch)
+    feste.model.ops = feste.optim.ops = watch.ops
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step(*batch)
+    total = time.perf_counter() - begun
+    feste.model.ops = feste.optim.ops = ops
+    peak = measured_peak(precision == "bf16")
+    lines = [f"{size} {precision}: {1e3 * total / steps:.2f} ms a step, "
+             f"{step_flops(config) * steps / total / peak:.1%} of the peak of {peak / 1e9:.0f} GFLOP/s"]
+    for key, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1]):
+        rate = f"{watch.flops[key] / seconds / 1e9:6.0f} GFLOP/s" if watch.flops[key] else ""
+        lines.append(f"  {key:42} {watch.calls[key] // steps:4d} calls {1e3 * seconds / steps:9.3f} ms "
+                     f"{seconds / total:6.1%}  {rate}")
+    between = total - sum(watch.seconds.values())
+    lines.append(f"  {'between the kernels, with the stopwatch':42} {'':10} {1e3 * between / steps:9.3f} ms "
+                 f"{between / total:6.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Whole optimizer steps of 8 sequences: forward, backward, clip, AdamW."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from feste import GPT2, AdamW, ops
+from feste.params import ParameterTable
+from tools.bench.sizes import SEQUENCES, model_config, step_flops
+from tools.bench.worker import measured_peak, peak_memory_bytes
+
+LEARNING_RATE = 1e-3
+
+
+def _batch(config, sequences: int) -> tuple[np.ndarray, np.ndarray]:
+    both = np.random.default_rng(0).integers(0, config.vocab_size, (sequences, config.block_size + 1)).astype(np.int32)
+    return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
+
+
+def _feste_stepper(config, precision: str, accumulation: int):
+    model = GPT2(config, seed=0, precision=precision)
+    optimizer = AdamW(model)
+
+    def step(ids, targets) -> float:
+        size, total = len(ids) // accumulation, 0.0
+        for i in range(0, len(ids), size):
+            total += model.forward_backward(ids[i:i + size], targets[i:i + size], 1.0 / accumulation) / accumulation
+        optimizer.step(LEARNING_RATE, 1.0, zero_grad=True)
+        return total
+    return step
+
+
+def _torch_stepper(config, contender: str, precision: str, accumulation: int, threads: int):
+    import torch
+
+    from tools.bench.torch_gpt2 import trainer
+    torch.set_num_threads(threads)
+    flat = np.empty(ParameterTable(config).size, np.float32)
+    ParameterTable(config).initialise(flat, 0)
+    step = trainer(config, flat, contender == "compile", precision == "bf16", accumulation)
+    return lambda ids, targets: step(torch.from_numpy(ids).long(), torch.from_numpy(targets).long())
+
+
+def _stepper(contender: str, config, precision: str, accumulation: int, threads: int):
+    if contender == "feste":
+        ops.set_num_threads(threads)
+        return _feste_stepper(config, precision, accumulation)
+    return _torch_stepper(config, contender, precision, accumulation, threads or ops.get_num_threads())
+
+
+def measure(size: str, contender: str, precision: str, seconds: float, threads: int = 0, block_size: int | None = None,
+            sequences: int = SEQUENCES, accumulation: int = 1) -> dict:
+    """Steps a second of feste, of PyTorch (eager) or of PyTorch (compile). losses: of the first steps, to compare.
+
+    The time of a step is the median of those that fit into `seconds`, so that a moment's disturbance of the
+    machine does not count.
+    """
+    config = model_config(size, block_size)
+    step = _stepper(contender, config, precision, accumulation, threads)
+    batch = _batch(config, sequences)
+    losses = [step(*batch) for _ in range(3)]
+    times, begun = [], time.perf_counter()
+    while time.perf_counter() - begun < seconds or len(times) < 2:
+        start = time.perf_counter()
+        step(*batch)
+        times.append(time.perf_counter() - start)
+    result = {"steps_per_second": 1.0 / float(np.median(times)), "losses": losses, "peak_bytes": peak_memory_bytes()}
+    if contender == "feste":
+        peak = measured_peak(precision == "bf16")
+        rate = step_flops(config, sequences) * result["steps_per_second"]
+        result |= {"share_of_peak": rate / peak, "gflops": rate / 1e9, "peak_gflops": peak / 1e9}
+    return result
+
+
+def measure_memory(size: str, contender: str, precision: str, block_size: int | None = None,
+                   sequences: int = SEQUENCES, accumulation: int = 1) -> dict:
+    """Peak resident memory of two training steps."""
+    config = model_config(size, block_size)
+    step = _stepper(contender, config, precision, accumulation, 0)
+    for _ in range(2):
+        step(*_batch(config, sequences))
+    return {"peak_bytes": peak_memory_bytes()}
