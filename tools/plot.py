@@ -1,0 +1,269 @@
+"""Draw runs: `python -m tools.plot RUN... -o loss.png`, or .svg, or .html for one page with curves and a table.
+
+Losses, perplexity, learning rate and gradient norm, the runs laid over one another and named by what differs in
+their configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from feste.cli import guarded
+from tools.compare import Run, labels, open_runs, rows, same_step_samples, warnings
+
+FORMATS = (".png", ".svg", ".html")
+# The colours of Okabe and Ito 2008, which most eyes tell apart, without the yellow that is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")   # a second round of the colours is dashed
+FINE, COARSE = 1500, 60           # points of a curve as it is, and of its average
+AXES = {"step": ("step", 1.0), "time": ("elapsed_seconds", 60.0)}
+AXIS_TITLES = {"step": "step", "time": "minutes"}
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The finite points, or where there are more than `most` of them, means of neighbours."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(x) <= most:
+        return x, y
+    edges = np.linspace(0, len(x), most + 1).astype(int)[:-1]
+    counts = np.diff([*edges, len(x)])
+    return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
+
+
+# ---- panels ------------------------------------------------------------------------------------------------
+#
+# A panel draws one run on matplotlib's axes, in the colour and line style of the run.
+
+
+def _curve(axes, x, y, style: dict) -> None:
+    """A noisy curve: pale as it is, and its average on top."""
+    axes.plot(*thin(x, y, FINE), **style | {"linestyle": "-", "linewidth": 0.6, "alpha": 0.35})
+    axes.plot(*thin(x, y, COARSE), **style)
+
+
+def _validation(axes, x, y, style: dict) -> None:
+    axes.plot(*thin(x, y, FINE), marker="o", markersize=3.5, markerfacecolor="white", **style)
+
+
+def draw_losses(axes, run: Run, x: np.ndarray, style: dict) -> None:
+    _curve(axes, x, run.columns["train_loss"], style)
+    _validation(axes, x, run.columns["val_loss"], style)
+    if run.best():
+        loss, step = run.best()
+        at = x[np.searchsorted(run.columns["step"], step)]
+        axes.plot([at], [loss], marker="*", markersize=11, color=style["color"], markeredgecolor="white", zorder=5)
+
+
+def draw_perplexity(axes, run: Run, x: np.ndarray, style: dict) -> None:
+    axes.plot(*thin(x, run.columns["train_perplexity"], COARSE), **style)
+    _validation(axes, x, run.columns["val_perplexity"], style)
+    axes.set_yscale("log")
+
+
+def draw_learning_rate(axes, run: Run, x: np.ndarray, style: dict) -> None:
+    axes.plot(*thin(x, run.columns["learning_rate"], FINE), **style)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def draw_grad_norm(axes, run: Run, x: np.ndarray, style: dict) -> None:
+    _curve(axes, x, run.columns["grad_norm"], style)
+    axes.set_yscale("log")
+
+
+PANELS = {
+    "loss, nats per token": draw_losses,
+    "perplexity": draw_perplexity,
+    "learning rate": draw_learning_rate,
+    "gradient norm before clipping": draw_grad_norm,
+}
+
+
+def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str) -> None:
+    column, unit = AXES[x_axis]
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+                 "linewidth": 1.6, "label": name}
+        PANELS[title](axes, run, run.columns[column] / unit, style)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(AXIS_TITLES[x_axis])
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_yscale() == "log":
+        _plain_log_ticks(axes)
+    if title == "loss, nats per token":
+        _explain_losses(axes, runs)
+
+
+def _plain_log_ticks(axes) -> None:
+    """Numbers a person reads, 1, 2, 5, 10, instead of powers of ten that a narrow range may not even hold."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axes.yaxis.set_major_locator(LogLocator(10.0, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _explain_losses(axes, runs: list[Run]) -> None:
+    """What the lines mean, and the loss of a uniform guess, ln V, for each size of vocabulary."""
+    from matplotlib.lines import Line2D
+    sizes = {run.configuration().get("vocab_size") for run in runs}
+    for size in sorted(size for size in sizes if isinstance(size, int) and size > 1):
+        axes.axhline(math.log(size), color="grey", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.annotate(f"ln {size} = {math.log(size):.2f}, a uniform guess", (1.0, math.log(size)), (0, 2),
+                      xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8,
+                      color="dimgrey")
+    axes.legend(handles=[Line2D([], [], color="dimgrey", linewidth=1.6, label="training"),
+                         Line2D([], [], color="dimgrey", marker="o", markerfacecolor="white", label="validation"),
+                         Line2D([], [], color="dimgrey", marker="*", linestyle="", markersize=9, label="best")],
+                frameon=False, fontsize=8)
+
+
+def legend_names(runs: list[Run]) -> list[str]:
+    """Labels with the best loss, safe for matplotlib: no mathematics, no leading underscore."""
+    names = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        best = run.best()
+        text = f"{label}  (best {best[0]:.3f} at step {best[1]:,})" if best else label
+        names.append((" " + text if text.startswith("_") else text).replace("$", r"\$"))
+    return names
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plots need matplotlib; install it with: pip install '.[plot]'") from None
+    return matplotlib
+
+
+def make_figure(runs: list[Run], x_axis: str = "step"):
+    """All panels in one matplotlib figure."""
+    _matplotlib()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    names = legend_names(runs)
+    for axes, title in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        draw_panel(axes, title, runs, names, x_axis)
+    _add_legend(figure, runs, names)
+    return figure
+
+
+def _add_legend(figure, runs: list[Run], names: list[str]) -> None:
+    """The runs, one line each, below the panels."""
+    from matplotlib.lines import Line2D
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
+                      linewidth=2.2, label=name) for i, name in enumerate(names)]
+    columns = max(1, min(len(runs), 150 // max(map(len, names))))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def render(figure, suffix: str, text_as: str = "path") -> bytes:
+    """The figure as PNG or SVG; the same figure gives the same bytes."""
+    out = io.BytesIO()
+    with _matplotlib().rc_context({"svg.hashsalt": "feste", "svg.fonttype": text_as}):
+        undated = {"Date": None} if suffix == ".svg" else None
+        figure.savefig(out, format=suffix.removeprefix("."), dpi=120, metadata=undated)
+    return out.getvalue()
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; max-width: 76em;
+       padding: 0 1em }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(28em, 1fr)); gap: 1em }}
+.panels svg {{ width: 100%; height: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2em 1.2em .2em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
+.run {{ border-left: .6em solid; padding-left: .5em; margin-right: 1.5em }}
+.wide {{ overflow-x: auto }}
+pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .8em }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{legend}</p>
+<div class="panels">{panels}</div>
+<h2>Runs</h2>
+<div class="wide"><table>{table}</table></div>
+{notes}
+<h2>Samples</h2>
+{samples}
+</body></html>
+"""
+
+
+def make_page(runs: list[Run], x_axis: str = "step") -> str:
+    """One HTML page that needs nothing beside itself."""
+    names = labels(runs)
+    legend = " ".join(f'<span class="run" style="border-color: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
+                      for i, name in enumerate(names))
+    notes = "".join(f"<p>Note: {html.escape(line)}.</p>" for line in (warnings(runs) if len(runs) > 1 else []))
+    samples = "".join(f"<h3>{html.escape(run.name)}, step {sample[0]:,}</h3><pre>{html.escape(sample[1])}</pre>"
+                      for run, sample in zip(runs, same_step_samples(runs), strict=True) if sample)
+    return PAGE.format(title=html.escape(", ".join(run.name for run in runs)), legend=legend, notes=notes,
+                       panels="".join(_inline_svg(title, runs, x_axis) for title in PANELS),
+                       table=_html_table(runs), samples=samples or "<p>None yet.</p>")
+
+
+def _inline_svg(title: str, runs: list[Run], x_axis: str) -> str:
+    _matplotlib()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    draw_panel(figure.subplots(), title, runs, legend_names(runs), x_axis)
+    text = render(figure, ".svg", text_as="none").decode()
+    return f'<figure role="img" aria-label="{html.escape(title)}">{text[text.index("<svg"):]}</figure>'
+
+
+def _html_table(runs: list[Run]) -> str:
+    header = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    lines = [f"<tr><th></th>{header}</tr>"]
+    for what, cells in rows(runs):
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr><th>{html.escape(what)}</th>{row}</tr>")
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.plot", description="Draw the curves of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("-o", "--output", default="loss.png", metavar="FILE",
+                        help=f"{', '.join(FORMATS)} by its ending (default: loss.png)")
+    parser.add_argument("--x", choices=AXES, default="step", help="what the horizontal axis counts (default: step)")
+    return parser
+
+
+def plot(args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"{output} must end in {', '.join(FORMATS)}")
+    _matplotlib()
+    runs = open_runs(args.runs)
+    suffix = output.suffix.lower()
+    data = make_page(runs, args.x).encode() if suffix == ".html" else render(make_figure(runs, args.x), suffix)
+    try:
+        output.write_bytes(data)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}; choose another -o") from None
+    print(f"wrote {output}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    return guarded(lambda: plot(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
