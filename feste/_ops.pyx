@@ -42,6 +42,7 @@ cdef extern from "_simd.h" nogil:
     vi viset(int32_t x)
     vf vfloat(vi x)
     vf vfma(vf a, vf b, vf c)
+    vf vcut(vf x, Py_ssize_t n, float fill)
     vf vmax(vf a, vf b)
     float vsum(vf x)
     float vpeak(vf x)
@@ -134,6 +135,7 @@ cdef void* scratch(size_t size) except NULL:
 # ---- rows that are no multiple of VL -----------------------------------------------------------------------
 
 cdef enum:
+    ROW_TILE = 64   # rows whose sums are added up on their own before they join the total
     SERIAL = 16384  # elements up to which a second thread costs more than it brings
 
 
@@ -148,6 +150,16 @@ cdef inline void put(float* x, vf value, Py_ssize_t n) noexcept nogil:
         vstore(x, value)
     else:
         vstore_part(x, value, n)
+
+
+cdef inline void put_pairs(int32_t* out, vi pairs, Py_ssize_t n) noexcept nogil:
+    """The same for pairs of bfloat16."""
+    cdef int32_t last[VL]
+    if n >= VL:
+        vistore(out, pairs)
+    else:
+        vistore(last, pairs)
+        memcpy(out, last, n * sizeof(int32_t))
 
 
 # ---- GEMM --------------------------------------------------------------------------------------------------
@@ -167,6 +179,7 @@ cdef enum:
     KC = 512   # x NR floats: a b panel streams from L2 while c tiles are touched half as often as with 256
     MC = 96    # x KC floats of a: 192 KB of L2
     NC = 3072  # x KC floats of packed b: 6 MB of L3
+    SIDE = 2   # x MR floats of a, side by side: whole cache lines
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -344,17 +357,19 @@ cdef void pack_panel_bf16(int32_t* panel, const float* b, Py_ssize_t rs_b, Py_ss
 cdef void pack_strips(float* strips, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a, Py_ssize_t m,
                       Py_ssize_t kc) noexcept nogil:
     """strips [m / MR][kc][MR] = a (m, kc), the last strip filled with zeros: row stride 1, column stride MR."""
-    cdef Py_ssize_t ib, i, j, k
-    for ib in range(ceil_div(m, MR)):
+    cdef Py_ssize_t ib, i, j, k, whole = 0
+    if rs_a == 1:  # SIDE strips at a time, so that each cache line of a is read once
+        whole = m // (SIDE * MR) * SIDE
+        for ib in range(whole // SIDE):
+            for k in range(kc):
+                for j in range(SIDE):
+                    memcpy(strips + ((ib * SIDE + j) * kc + k) * MR, a + (ib * SIDE + j) * MR + k * cs_a,
+                           MR * sizeof(float))
+    for ib in range(whole, ceil_div(m, MR)):
         i = ib * MR
-        if i + MR <= m and rs_a == 1:
-            for k in range(kc):
-                memcpy(strips + k * MR, a + i + k * cs_a, MR * sizeof(float))
-        else:
-            for k in range(kc):
-                for j in range(MR):
-                    strips[k * MR + j] = a[(i + j) * rs_a + k * cs_a] if i + j < m else 0
-        strips += MR * kc
+        for k in range(kc):
+            for j in range(MR):
+                strips[(ib * kc + k) * MR + j] = a[(i + j) * rs_a + k * cs_a] if i + j < m else 0
 
 
 cdef void pack_rows_bf16(int32_t* block, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a, Py_ssize_t m,
@@ -363,15 +378,14 @@ cdef void pack_rows_bf16(int32_t* block, const float* a, Py_ssize_t rs_a, Py_ssi
     [ceil(kc / 2)][mc]."""
     cdef Py_ssize_t ib, kb, i, k, pairs = ceil_div(kc, 2)
     cdef const float* x
-    cdef int32_t last[VL]
     cdef vf odd
     if cs_a == 1:
         for i in range(m):
             for kb in range(ceil_div(pairs, VL)):
                 k = kb * VL
                 x = a + i * rs_a + 2 * k
-                vistore(last, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)))
-                memcpy(block + i * pairs + k, last, min(VL, pairs - k) * sizeof(int32_t))
+                put_pairs(block + i * pairs + k, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)),
+                          pairs - k)
         memset(block + m * pairs, 0, (mc - m) * pairs * sizeof(int32_t))
     else:
         for k in range(pairs):
@@ -379,8 +393,7 @@ cdef void pack_rows_bf16(int32_t* block, const float* a, Py_ssize_t rs_a, Py_ssi
                 i = ib * VL
                 x = a + i + 2 * k * cs_a
                 odd = part(x + cs_a, m - i) if 2 * k + 1 < kc else vset(0)
-                vistore(last, bf16_pairs(part(x, m - i), odd))
-                memcpy(block + k * mc + i, last, min(VL, mc - i) * sizeof(int32_t))
+                put_pairs(block + k * mc + i, bf16_pairs(part(x, m - i), odd), mc - i)
 
 
 cdef struct Gemm:
@@ -392,8 +405,36 @@ cdef struct Gemm:
     Py_ssize_t rs_b, cs_b
     const float* start                  # (M, N), rows ldc apart, or NULL: what the product is added to
     const float* bias                   # (N) or NULL
+    float* column_sums                  # (N) or NULL: the sums of b's columns are added to it, while b is in cache
     Py_ssize_t M, N, K
     bint bf16
+
+
+cdef void pack_task(const Gemm* g, float* panel, Py_ssize_t j, Py_ssize_t n, Py_ssize_t pc,
+                    Py_ssize_t kc) noexcept nogil:
+    """Columns j .. j + n of one block of K of b, into a panel."""
+    cdef const float* b = g.b + pc * g.rs_b + j * g.cs_b
+    if g.bf16:
+        pack_panel_bf16(<int32_t*>panel, b, g.rs_b, g.cs_b, kc, n)
+    else:
+        pack_panel(panel, b, g.rs_b, g.cs_b, kc, n)
+    if g.column_sums != NULL:
+        add_column_sums(g.column_sums + j, b, g.rs_b, kc, n)
+
+
+cdef void add_column_sums(float* out, const float* x, Py_ssize_t stride, Py_ssize_t rows,
+                          Py_ssize_t n) noexcept nogil:
+    """out (n) += the sum of the rows of x (rows, n), n <= NR, ROW_TILE rows at a time, so that rounding grows slowly."""
+    cdef Py_ssize_t tile, i, j
+    cdef vf acc[NV]
+    for tile in range(ceil_div(rows, ROW_TILE)):
+        acc[0] = acc[1] = vset(0)
+        for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
+            acc[0] = acc[0] + part(x + i * stride, n)
+            if n > VL:
+                acc[1] = acc[1] + part(x + i * stride + VL, n - VL)
+        for j in range(ceil_div(n, VL)):
+            put(out + j * VL, part(out + j * VL, n - j * VL) + acc[j], n - j * VL)
 
 
 cdef void gemm_task(const Gemm* g, const float* panels, float* block, Py_ssize_t jc, Py_ssize_t nc, Py_ssize_t pc,
@@ -438,12 +479,13 @@ cdef void strip_product(float* c, Py_ssize_t ldc, const float* strips, const flo
 
 
 cdef int run_gemm(const Gemm* g) except -1:
-    if g.M == 1 and not g.bf16:
+    if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
     cdef Py_ssize_t jb, pb, depth = 2 * KC if g.bf16 else KC
     cdef Py_ssize_t max_kc = min(g.K, depth), max_nc = min(ceil_div(g.N, NR) * NR, NC)
     cdef Py_ssize_t strips = ceil_div(g.M, MR)
-    cdef Py_ssize_t mc = MR * max(1, min(MC // MR, strips // (4 * n_threads)))
+    cdef Py_ssize_t least = min(SIDE, strips) if g.rs_a == 1 else 1
+    cdef Py_ssize_t mc = MR * max(least, min(MC // MR, strips // (4 * n_threads)))
     cdef Py_ssize_t row_blocks = ceil_div(g.M, mc)
     cdef Py_ssize_t column_blocks = 1 if row_blocks >= 2 * n_threads else ceil_div(4 * n_threads, row_blocks)
     cdef Py_ssize_t block_size = MC * depth
@@ -461,13 +503,7 @@ cdef int run_gemm(const Gemm* g) except -1:
                 kc = min(g.K - pc, depth)
                 panel_size = (ceil_div(kc, 2) if g.bf16 else kc) * NR
                 for p in prange(n_panels, schedule='static'):
-                    if g.bf16:
-                        pack_panel_bf16(<int32_t*>(panels + p * panel_size),
-                                        g.b + pc * g.rs_b + (jc + p * NR) * g.cs_b, g.rs_b, g.cs_b, kc,
-                                        min(NR, nc - p * NR))
-                    else:
-                        pack_panel(panels + p * panel_size, g.b + pc * g.rs_b + (jc + p * NR) * g.cs_b, g.rs_b,
-                                   g.cs_b, kc, min(NR, nc - p * NR))
+                    pack_task(g, panels + p * panel_size, jc + p * NR, min(NR, nc - p * NR), pc, kc)
                 for task in prange(row_blocks * column_blocks, schedule='dynamic'):
                     i = task // column_blocks * mc
                     j = task % column_blocks * group * NR
@@ -485,7 +521,7 @@ def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N
     g.b = input(b, N, K, "b") if trans_b else input(b, K, N, "b")
     g.rs_a, g.cs_a = 1 if trans_a else K, M if trans_a else 1
     g.rs_b, g.cs_b = 1 if trans_b else N, K if trans_b else 1
-    g.start, g.bias = g.c if accumulate else NULL, NULL
+    g.start, g.bias, g.column_sums = g.c if accumulate else NULL, NULL, NULL
     g.M, g.N, g.K, g.bf16 = M, N, K, bf16
     separate((c, a, b), 1, "c a b")
     run_gemm(&g)
@@ -494,7 +530,6 @@ def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N
 # ---- linear layers -----------------------------------------------------------------------------------------
 
 cdef enum:
-    ROW_TILE = 64     # rows whose partial sums are added up on their own before they join the total
     K_TILE = 64       # rows of the weight that a task takes when one row is multiplied by it
 
 
@@ -570,20 +605,6 @@ cdef int row_product(const Gemm* g) except -1:
     return 0
 
 
-cdef void add_column_sums(float* out, const float* x, Py_ssize_t rows, Py_ssize_t N) noexcept nogil:
-    """out (N) += the sum of the rows of x (rows, N), ROW_TILE rows at a time, so that rounding grows slowly."""
-    cdef Py_ssize_t task, tile, i, j
-    cdef vf acc
-    for task in prange(ceil_div(N, VL), schedule='static', num_threads=n_threads,
-                       use_threads_if=rows * N > SERIAL):
-        j = task * VL
-        for tile in range(ceil_div(rows, ROW_TILE)):
-            acc = vset(0)
-            for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
-                acc = acc + part(x + i * N + j, N - j)
-            put(out + j, part(out + j, N - j) + acc, N - j)
-
-
 def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, cnp.ndarray residual,
                    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
     cdef Gemm g
@@ -592,6 +613,7 @@ def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarr
     g.b, g.rs_b, g.cs_b = input(weight, K, N, "weight"), N, 1
     g.bias = input(bias, 1, N, "bias")
     g.start = input(residual, rows, N, "residual") if residual is not None else NULL
+    g.column_sums = NULL
     g.M, g.N, g.K, g.bf16 = rows, N, K, bf16
     separate((out, x, weight, bias, residual), 1, "out x weight bias residual")
     run_gemm(&g)
@@ -608,13 +630,14 @@ def linear_backward_input(cnp.ndarray dx, cnp.ndarray dout, cnp.ndarray weight, 
 def linear_backward_weight(cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray dout, cnp.ndarray x,
                            Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
     # out = x @ weight + bias   ->   dweight = x^T @ dout, dbias = the sum of dout over the rows
-    cdef float* db = output(dbias, 1, N, "dbias")
-    cdef const float* do = input(dout, rows, N, "dout")
-    output(dweight, K, N, "dweight")
+    cdef Gemm g
+    g.c, g.ldc = output(dweight, K, N, "dweight"), N
+    g.a, g.rs_a, g.cs_a = input(x, rows, K, "x"), 1, K
+    g.b, g.rs_b, g.cs_b = input(dout, rows, N, "dout"), N, 1
+    g.start, g.bias, g.column_sums = g.c, NULL, output(dbias, 1, N, "dbias")
+    g.M, g.N, g.K, g.bf16 = K, N, rows, bf16
     separate((dweight, dbias, dout, x), 2, "dweight dbias dout x")
-    gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
-    with nogil:
-        add_column_sums(db, do, rows, N)
+    run_gemm(&g)
 
 
 # ---- packed weights ----------------------------------------------------------------------------------------
@@ -983,27 +1006,47 @@ cdef void score_block(float* scores, const float* q, const float* k_panels, cons
                      keys_of_strip(h, first + i), h.D, False)
 
 
-cdef float softmax_row(float* scores, Py_ssize_t n, Py_ssize_t limit) noexcept nogil:
-    """scores (n) become their softmax, zero from n to limit; returns log(sum(exp(scores)))."""
+cdef float exp_row(float* scores, Py_ssize_t n, Py_ssize_t limit, float* inverse) noexcept nogil:
+    """scores (n) become exp(scores - max), zero from n to limit, and inverse 1 / their sum.
+
+    Whole vectors are read and written, so the row has room for them. Returns log(sum(exp(scores))). The caller
+    divides: a row of out is shorter than a row of scores.
+    """
     cdef Py_ssize_t j, jb, blocks = ceil_div(n, VL)
-    cdef vf peak = vset(scores[0]), total = vset(0), e
-    cdef float top, inverse, sum_exp
-    for j in range(n, blocks * VL):
-        scores[j] = -INFINITY
+    cdef vf peak = vset(-INFINITY), total = vset(0), e
+    cdef float top, sum_exp
     for jb in range(blocks):
-        peak = vmax(peak, vload(scores + jb * VL))
+        j = jb * VL
+        peak = vmax(peak, vload(scores + j) if j + VL <= n else vcut(vload(scores + j), n - j, -INFINITY))
     top = vpeak(peak)
     for jb in range(blocks):
-        e = vexp(vload(scores + jb * VL) - vset(top))
-        vstore(scores + jb * VL, e)
+        j = jb * VL
+        e = vexp(vload(scores + j) - vset(top))
+        if j + VL > n:
+            e = vcut(e, n - j, 0)
+        vstore(scores + j, e)
         total = total + e
+    for jb in range(blocks, ceil_div(limit, VL)):
+        vstore(scores + jb * VL, vset(0))
     sum_exp = vsum(total)
-    inverse = 1 / sum_exp
-    for jb in range(blocks):
-        vstore(scores + jb * VL, vload(scores + jb * VL) * vset(inverse))
-    for j in range(n, max(limit, blocks * VL)):
-        scores[j] = 0
+    inverse[0] = 1 / sum_exp
     return top + logf(sum_exp)
+
+
+cdef inline void scale_row(float* x, float factor, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, jb
+    for jb in range(ceil_div(n, VL)):
+        j = jb * VL
+        put(x + j, part(x + j, n - j) * vset(factor), n - j)
+
+
+cdef inline float dot(const float* x, const float* y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, jb
+    cdef vf acc = vset(0)
+    for jb in range(ceil_div(n, VL)):
+        j = jb * VL
+        acc = vfma(part(x + j, n - j), part(y + j, n - j), acc)
+    return vsum(acc)
 
 
 cdef void drop_row(float* row, const Heads* h, Py_ssize_t head, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
@@ -1021,6 +1064,7 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
     cdef float* v_panels = k_panels + h.Tp * h.D
     cdef float* q_block = v_panels + h.Dp * h.T
     cdef float* scores = q_block + h.queries * h.D
+    cdef float inverse[QUERY_STRIPS * MR]
     cdef Py_ssize_t block, first, i, m, n, strip
     pack_panels(k_panels, q + C, 1, h.stride, h.D, h.T)
     pack_panels(v_panels, q + 2 * C, h.stride, 1, h.T, h.D)
@@ -1031,13 +1075,16 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
         score_block(scores, q_block, k_panels, h, first, m)
         for i in range(m):
             n = first + i + 1
-            lse[head * h.T + first + i] = softmax_row(scores + i * h.ld, n, keys_of_strip(h, first + i // MR * MR))
+            lse[head * h.T + first + i] = exp_row(scores + i * h.ld, n, keys_of_strip(h, first + i // MR * MR),
+                                                  inverse + i)
             if h.p > 0:
                 drop_row(scores + i * h.ld, h, head, first + i, n)
         for strip in range(ceil_div(m, MR)):
             i = strip * MR
             macro_kernel(out + (b * h.T + first + i) * C + at, C, scores + i * h.ld, h.ld, 1, v_panels, h.T * NR,
                          NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
+        for i in range(m):
+            scale_row(out + (b * h.T + first + i) * C + at, inverse[i], h.D)
 
 
 def attention_forward(cnp.ndarray out, cnp.ndarray lse, cnp.ndarray qkv, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H,
@@ -1064,40 +1111,41 @@ cdef void score_gradients(float* weights, float* dweights, const float* delta, c
     cdef float* w
     cdef float* dw
     cdef float factor
-    cdef vf e
+    cdef vf e, ds
     for i in range(ceil_div(m, MR) * MR):
         w = weights + i * h.ld
         dw = dweights + i * h.ld
         limit = keys_of_strip(h, first + i // MR * MR)
         n = first + i + 1 if i < m else 0
-        for jb in range(ceil_div(n, VL)):
+        for jb in range(ceil_div(limit, VL)):  # rows have room for whole vectors
             j = jb * VL
-            e = vexp(part(w + j, n - j) - vset(lse[i]))
-            if h.p == 0:
-                put(dw + j, e * (part(dw + j, n - j) - vset(delta[i])), n - j)
-            put(w + j, e, n - j)
+            e = ds = vset(0)
+            if j < n:
+                e = vexp(vload(w + j) - vset(lse[i]))
+                ds = e * (vload(dw + j) - vset(delta[i])) if h.p == 0 else vload(dw + j)
+            vstore(w + j, e if j + VL <= n else vcut(e, n - j, 0))
+            vstore(dw + j, ds if j + VL <= n else vcut(ds, n - j, 0))
         if h.p > 0:
             for j in range(n):
                 factor = dropout_factor(h.key, (<uint64_t>head * h.T + first + i) * h.T + j, h.threshold, h.kept)
                 dw[j] = w[j] * (factor * dw[j] - delta[i])
                 w[j] = factor * w[j]
-        for j in range(n, limit):
-            w[j] = 0
-            dw[j] = 0
 
 
 cdef void key_gradients(float* dkv, const float* weights, const float* panels, const Heads* h, Py_ssize_t first,
                         Py_ssize_t m) noexcept nogil:
     """dkv (first + m keys, D), rows 3C apart, += weights (m, keys)^T x (m, D), x in panels.
 
-    Query i sees key j only if j <= i, so a strip of keys starts at its own query.
+    Query i sees key j only if j <= i, so a strip of keys starts at its own query, and the keys of this block of
+    queries are met for the first time.
     """
     cdef Py_ssize_t strip, j, start, n = min(first + m, h.T)
     for strip in range(ceil_div(n, MR)):
         j = strip * MR
         start = max(0, j - first)
         macro_kernel(dkv + j * h.stride, h.stride, weights + start * h.ld + j, 1, h.ld, panels + start * NR,
-                     h.queries * NR, dkv + j * h.stride, h.stride, NULL, min(MR, n - j), h.D, m - start, False)
+                     h.queries * NR, dkv + j * h.stride if j < first else NULL, h.stride, NULL, min(MR, n - j), h.D,
+                     m - start, False)
 
 
 cdef void attention_backward_head(float* dqkv, const float* dout, const float* qkv, const float* out,
@@ -1119,22 +1167,17 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
     cdef float* weights = do_panels + h.queries * h.Dp
     cdef float* dweights = weights + h.queries * h.ld
     cdef float* delta = dweights + h.queries * h.ld
-    cdef Py_ssize_t block, first, i, j, m, strip
+    cdef Py_ssize_t block, first, i, m, strip
     pack_panels(kt_panels, q + C, 1, h.stride, h.D, h.T)
     pack_panels(vt_panels, q + 2 * C, 1, h.stride, h.D, h.T)
     pack_panels(k_panels, q + C, h.stride, 1, h.T, h.D)
-    for i in range(h.T):
-        memset(dk + i * h.stride, 0, h.D * sizeof(float))
-        memset(dv + i * h.stride, 0, h.D * sizeof(float))
     for block in range(ceil_div(h.T, h.queries)):
         first = block * h.queries
         m = min(h.queries, h.T - first)
         copy_rows(q_block, q + first * h.stride, h.stride, h.scale, m, h.queries, h.D)
         copy_rows(do_block, do + first * C, C, 1, m, h.queries, h.D)
         for i in range(m):
-            delta[i] = 0
-            for j in range(h.D):
-                delta[i] += do_block[i * h.D + j] * o[(first + i) * C + j]
+            delta[i] = dot(do_block + i * h.D, o + (first + i) * C, h.D)
         score_block(weights, q_block, kt_panels, h, first, m)
         score_block(dweights, do_block, vt_panels, h, first, m)
         score_gradients(weights, dweights, delta, lse + head * h.T + first, h, head, first, m)
@@ -1147,8 +1190,7 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
             macro_kernel(dq + (first + i) * h.stride, h.stride, dweights + i * h.ld, h.ld, 1, k_panels, h.T * NR,
                          NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
         for i in range(first, first + m):
-            for j in range(h.D):
-                dq[i * h.stride + j] *= h.scale
+            scale_row(dq + i * h.stride, h.scale, h.D)
 
 
 cdef void pack_panels_of_block(float* panels, const float* x, const Heads* h) noexcept nogil:
@@ -1176,13 +1218,15 @@ cdef void attention_decode_head(float* out, float* k_cache, float* v_cache, cons
                                 const float* v, float* scores, Py_ssize_t D, Py_ssize_t n) noexcept nogil:
     """One query against n cached keys, of which the last is new."""
     cdef Py_ssize_t j
+    cdef float inverse
     memcpy(k_cache + (n - 1) * D, k, D * sizeof(float))
     memcpy(v_cache + (n - 1) * D, v, D * sizeof(float))
     memset(scores, 0, n * sizeof(float))
     add_dot_rows(scores, q, k_cache, n, D)
     for j in range(n):
         scores[j] = scores[j] / sqrtf(<float>D)
-    softmax_row(scores, n, n)
+    exp_row(scores, n, n, &inverse)
+    scale_row(scores, inverse, n)
     memset(out, 0, D * sizeof(float))
     add_scaled_rows(out, scores, v_cache, D, n, D)
 

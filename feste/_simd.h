@@ -63,6 +63,12 @@ static inline void vstore_part(float *p, vf x, ptrdiff_t n) {
 }
 
 static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+/* x with every lane from n on replaced by fill, whatever it held. */
+static inline vf vcut(vf x, ptrdiff_t n, float fill) {
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    return vselect(lane < (int32_t)n, x, vset(fill));
+}
 /* If b is NaN the result is b: pass the bound first to let NaN through. */
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
