@@ -188,29 +188,37 @@ def read_info(run_dir: str | os.PathLike) -> dict:
     """run.json, or an empty dictionary if there is none (yet) or it is not one."""
     try:
         info = json.loads(Path(run_dir, INFO_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return info if isinstance(info, dict) else {}
 
 
 def read_rows(run_dir: str | os.PathLike) -> list[dict]:
     """Every whole row of the log: numbers as int and float, empty cells left out."""
-    rows = []
-    with open(Path(run_dir, LOG_NAME), encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if None in row.values():
-                continue
+    data, rows, header, begin = Path(run_dir, LOG_NAME).read_bytes(), [], None, 0
+    while end := _record_end(data, begin):
+        row, begin = _cells(data[begin:end]), end
+        if header is None:
+            header = row
+        elif row and len(row) == len(header):
             typed = {name: value if name in ("timestamp", "sample") else float(value)
-                     for name, value in row.items() if value}
-            rows.append(typed | {"step": int(row["step"])})
+                     for name, value in zip(header, row, strict=True) if value}
+            rows.append(typed | {"step": int(typed["step"])})
     return rows
+
+
+CHUNK_BYTES = 1 << 19
+NUMBER_BYTES = b"0123456789+-.e,nainf"
+MAX_RECORD_BYTES = 1 << 20  # a quote still open after this much is damage and not a long sample
 
 
 class RunReader:
     """Follows a run as it is written. `poll` reads what is new; everything else is what was read so far.
 
-    columns: name -> float64 array (NaN where a cell is empty), one entry for each step in ascending order.
-    samples: (step, text). problems: what was wrong with the files, in words.
+    names: which columns are kept, step first. columns: name -> float64 array (NaN where a cell is empty), one entry
+    for each step in ascending order.
+    samples: (step, text). problems: what was wrong with the files, in words. found: whether the directory holds a
+    run.json or a log. behind: bytes of the log that are not read yet.
     A torn last row waits for its rest; a file that was truncated or replaced is read afresh; rows of a resumed
     run replace those of the same steps.
     """
@@ -218,88 +226,140 @@ class RunReader:
     NUMERIC = tuple(name for name in COLUMNS if name not in ("timestamp", "sample"))
     STALLED_SECONDS = 120.0
 
-    def __init__(self, run_dir: str | os.PathLike) -> None:
-        self.path = Path(run_dir)
+    def __init__(self, run_dir: str | os.PathLike, names: tuple[str, ...] = NUMERIC) -> None:
+        self.path, self.names = Path(run_dir), names
         self.info: dict = {}
+        self.found = False
         self._reset()
 
     def _reset(self) -> None:
         self._inode, self._offset, self._rest = None, 0, b""
+        self._head, self._tail = b"", b""
         self._header: list[str] | None = None
-        self._data = np.empty((1024, len(self.NUMERIC)))
+        self._data = [np.empty(1024) for _ in self.names]
         self._n = 0
         self._samples: list[tuple[int, str]] = []
         self.problems: list[str] = []
+        self.behind = 0
         self._modified = 0.0
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        return {name: self._data[:self._n, i] for i, name in enumerate(self.NUMERIC)}
+        data, n = self._data, self._n
+        return {name: values[:n] for name, values in zip(self.names, data, strict=True)}
 
     @property
     def samples(self) -> list[tuple[int, str]]:
         return self._samples
 
-    def poll(self) -> bool:
-        """Read what has been written since the last call; True if anything changed."""
+    def poll(self, max_bytes: int | None = None) -> bool:
+        """Read what has been written since the last call, at most max_bytes of it; True if anything changed."""
         info = read_info(self.path)
         changed = info != self.info and bool(info)
         self.info = info or self.info
         try:
             with open(self.path / LOG_NAME, "rb") as file:
-                return self._follow(file) or changed
+                self.found = True
+                return self._follow(file, max_bytes) or changed
         except OSError:
-            return changed
+            found, self.found = self.found, bool(info)
+            return changed or found != self.found
 
-    def _follow(self, file) -> bool:
+    def _follow(self, file, max_bytes: int | None) -> bool:
         status = os.fstat(file.fileno())
-        if self._inode is not None and (status.st_ino != self._inode or status.st_size < self._offset):
-            self._reset()
-        self._inode, self._modified = status.st_ino, status.st_mtime
-        if status.st_size == self._offset:
+        if self._inode == status.st_ino and self._offset == status.st_size and self._modified == status.st_mtime:
             return False
+        changed = False
+        if self._inode is not None and not self._continues(file, status):
+            self._reset()
+            changed = True
+        self._inode, self._modified = status.st_ino, status.st_mtime
+        stop = status.st_size if max_bytes is None else min(status.st_size, self._offset + max_bytes)
         file.seek(self._offset)
-        new = file.read(status.st_size - self._offset)
-        self._offset += len(new)
-        self._take(self._rest + new)
-        return True
+        while self._offset < stop and (new := file.read(min(CHUNK_BYTES, stop - self._offset))):
+            self._head = self._head or new[:256]
+            self._tail = (self._tail + new)[-64:]
+            self._offset += len(new)
+            self._take(self._rest + new)
+            changed = True
+        self.behind = status.st_size - self._offset
+        return changed
+
+    def _continues(self, file, status: os.stat_result) -> bool:
+        """Whether the file is still the one that was read: its start and the end of what was read are the same."""
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            return False
+        head = file.read(len(self._head))
+        file.seek(self._offset - len(self._tail))
+        return head == self._head and file.read(len(self._tail)) == self._tail
 
     def _take(self, data: bytes) -> None:
-        """Parse up to the last line end that no open quote runs across; keep the rest for later."""
-        end = data.rfind(b"\n") + 1
-        while end and data.count(b'"', 0, end) % 2:
-            end = data.rfind(b"\n", 0, end - 1) + 1
-        self._rest = data[end:]
-        text = data[:end].decode("utf-8", errors="replace").replace("\0", "")
-        for row in csv.reader(io.StringIO(text, newline="")):
-            self._take_row(row)
-
-    def _take_row(self, row: list[str]) -> None:
+        """Parse the whole records; what follows the last line end that no open quote runs across waits for later."""
         if self._header is None:
-            self._header = row
-            missing = [name for name in COLUMNS if name not in row]
-            if missing:
-                self._problem(f"the log has no column {', '.join(missing)}")
+            end = _record_end(data, 0)
+            if end is None:
+                self._keep_rest(data)
+                return
+            self._take_header(data[:end])
+            data = data[end:]
+        plain, samples, end = _without_samples(data)
+        values = _parse_plain(plain, self.names) if plain is not None and self._header == list(COLUMNS) else None
+        if values is not None and _ascending(values[0], self._data[0][self._n - 1] if self._n else -math.inf):
+            self._append(values)
+            self._samples += samples
+        else:
+            self._take_slowly(data[:end])
+        self._keep_rest(data[end:])
+
+    def _keep_rest(self, rest: bytes) -> None:
+        if len(rest) > MAX_RECORD_BYTES:  # go on behind the line that opened the quote
+            self._problem("the log has rows that are not feste's")
+            rest = rest.partition(b"\n")[2]
+        self._rest = rest
+
+    def _take_header(self, line: bytes) -> None:
+        self._header = [name.lstrip("\ufeff") for name in _cells(line) or [""]]
+        missing = [name for name in COLUMNS if name not in self._header]
+        if missing:
+            self._problem(f"the log has no column {', '.join(missing)}")
+
+    def _take_slowly(self, data: bytes) -> None:
+        begin = 0
+        while end := _record_end(data, begin):
+            self._take_row(_cells(data[begin:end]))
+            begin = end
+
+    def _take_row(self, row: list[str] | None) -> None:
+        if row == [""]:
             return
-        cells = dict(zip(self._header, row, strict=False))
-        try:
-            step = int(cells["step"])
-            values = [float(cells.get(name) or "nan") for name in self.NUMERIC]
-        except (KeyError, ValueError):
+        if row is None or len(row) != len(self._header):
             self._problem("the log has rows that are not feste's")
             return
-        self._append(step, values)
-        if cells.get("sample"):
-            self._samples.append((step, cells["sample"]))
-
-    def _append(self, step: int, values: list[float]) -> None:
-        if self._n and step <= self._data[self._n - 1, 0]:  # a resumed run goes back
-            self._n = int(np.searchsorted(self._data[:self._n, 0], step))
+        cells = dict(zip(self._header, row, strict=False))
+        step = _number(cells.get("step", ""))
+        if step is None or not step.is_integer():
+            self._problem("the log has rows that are not feste's")
+            return
+        values = [_number(cells.get(name) or "nan") for name in self.names]
+        if None in values:
+            self._problem("the log has cells that are not numbers")
+        if self._n and step <= self._data[0][self._n - 1]:  # a resumed run goes back
+            self._n = int(np.searchsorted(self._data[0][:self._n], step))
             self._samples = [sample for sample in self._samples if sample[0] < step]
-        if self._n == len(self._data):
-            self._data = np.concatenate([self._data, np.empty_like(self._data)])
-        self._data[self._n] = values
-        self._n += 1
+        self._append(np.array([[math.nan if value is None else value] for value in values]))
+        if cells.get("sample"):
+            self._samples.append((int(step), cells["sample"]))
+
+    def _append(self, values: np.ndarray) -> None:
+        """Add columns of values behind the last row."""
+        n = self._n + values.shape[1]
+        if n > len(self._data[0]):  # column by column, so that only one is there twice
+            for i, old in enumerate(self._data):
+                self._data[i] = np.empty(max(n, 2 * len(old)))
+                self._data[i][:self._n] = old[:self._n]
+        for column, new in zip(self._data, values, strict=True):
+            column[self._n:n] = new
+        self._n = n
 
     def _problem(self, text: str) -> None:
         if text not in self.problems:
@@ -313,7 +373,7 @@ class RunReader:
         """
         state = self.info.get("state", "unknown")
         if state != "running":
-            return state
+            return state if state in END_STATES else "unknown"
         if self.info.get("host") == socket.gethostname() and not self._process_lives():
             return "crashed"
         silent = time.time() - self._modified if self._modified else 0.0
@@ -326,5 +386,152 @@ class RunReader:
         return _process_start(pid) == started
 
     def _seconds_per_step(self) -> float:
-        elapsed = self._data[max(0, self._n - 50):self._n, self.NUMERIC.index("elapsed_seconds")]
+        elapsed = self.columns["elapsed_seconds"][-50:]
         return float(np.median(np.diff(elapsed))) if len(elapsed) > 1 else 0.0
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace").replace("\0", "")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _cells(record: bytes) -> list[str] | None:
+    """The cells of a record, None if its quotes are wrong. Without a quote, a carriage return is only a character."""
+    text = _text(record)
+    if '"' not in text:
+        return text.rstrip("\r\n").split(",")
+    try:
+        return next(csv.reader([text]))
+    except csv.Error:
+        return None
+
+
+def _ascending(steps: np.ndarray, last: float) -> bool:
+    """Whether the steps are whole numbers that go on behind the last one."""
+    return bool(np.all(np.diff(steps, prepend=last) > 0)) and bool(np.all(steps == np.floor(steps)))
+
+
+def _record_end(data: bytes, begin: int) -> int | None:
+    """Where the record that begins there ends: behind the first line end that is outside quotes."""
+    end, quotes = begin, 0
+    while stop := data.find(b"\n", end) + 1:
+        quotes += data.count(b'"', end, stop)
+        if quotes % 2 == 0:
+            return stop
+        end = stop
+    return None
+
+
+def _without_samples(data: bytes) -> tuple[bytes | None, list[tuple[int, str]], int]:
+    """The whole records with their samples taken out (None if a record is not feste's), the samples, and the end."""
+    pieces, samples, position = [], [], 0
+    text = np.frombuffer(data, np.uint8)
+    special = np.flatnonzero((text[1:] == ord("\n")) & (text[:-1] != ord(",")) | (text[1:] == ord('"'))) + 1
+    for place in special.tolist():
+        if place < position:
+            continue
+        begin = max(position, data.rfind(b"\n", position, place) + 1)
+        end = _record_end(data, begin)
+        if end is None:
+            return b"".join([*pieces, data[position:begin]]), samples, begin
+        numbers, sample = _split_sample(data[begin:end])
+        if numbers is None:
+            return None, [], _last_end(data, end)
+        pieces += [data[position:begin], numbers]
+        samples += [sample] if sample[1] else []
+        position = end
+    end = max(position, data.rfind(b"\n") + 1)
+    return b"".join([*pieces, data[position:end]]), samples, end
+
+
+def _split_sample(record: bytes) -> tuple[bytes | None, tuple[int, str]]:
+    """A record as a row of numbers with an empty sample, and its sample; None if it does not look like that."""
+    cells = record.split(b",", len(COLUMNS) - 1)
+    if len(cells) < len(COLUMNS) or b'"' in b"".join(cells[:-1]) or not cells[0].isdigit():
+        return None, (0, "")
+    sample = _cells(cells[-1])
+    if sample is None or len(sample) != 1:
+        return None, (0, "")
+    return b",".join(cells[:-1]) + b",\n", (int(cells[0]), sample[0])
+
+
+def _last_end(data: bytes, position: int) -> int:
+    """The end of the last whole record."""
+    while end := _record_end(data, position):
+        position = end
+    return position
+
+
+def _parse_plain(data: bytes, names: tuple[str, ...]) -> np.ndarray | None:
+    """The numeric columns of rows without quotes and samples; None if the rows are not of that form."""
+    text = np.frombuffer(data, np.uint8)
+    commas, ends = np.flatnonzero(text == ord(",")), np.flatnonzero(text == ord("\n"))
+    wide = len(COLUMNS) - 1
+    if len(commas) != wide * len(ends) or not np.array_equal(commas[wide - 1::wide] + 1, ends):
+        return None
+    stops = commas.reshape(-1, wide)
+    begins = np.empty_like(stops)
+    begins[:, 1:] = stops[:, :-1] + 1
+    begins[1:, 0] = ends[:-1] + 1
+    begins[:1, 0] = 0
+    columns = [COLUMNS.index(name) for name in names]
+    begins, stops = begins[:, columns], stops[:, columns]
+    present = stops > begins
+    kept = np.zeros(len(text) + 1, np.int8)  # +1 where a cell begins, -1 behind the comma that ends it
+    kept[begins[present]] += 1
+    kept[stops[present] + 1] -= 1
+    cells = text[np.cumsum(kept[:-1], dtype=np.int8).view(bool)].tobytes()
+    values = np.full(present.shape, math.nan)
+    numbers = _numbers(cells)
+    if numbers is None:
+        return None
+    values[present] = numbers
+    return values.T
+
+
+def _numbers(cells: bytes) -> np.ndarray | None:
+    """The numbers of a list in which a comma follows each, all at once; None if one is not a number.
+
+    Digits are read eight at a time as one 64-bit integer. A whole number below 10**15 divided by a power of ten is
+    rounded correctly, so the result equals float(). What has not the form 123.456 goes through np.fromstring.
+    """
+    if cells.translate(None, NUMBER_BYTES):
+        return None
+    text = np.frombuffer(cells, np.uint8)
+    commas, dots = np.flatnonzero(text == ord(",")), np.flatnonzero(text == ord("."))
+    owner = np.searchsorted(commas, dots)
+    decimals = np.zeros(len(commas), int)
+    decimals[owner] = commas[owner] - dots - 1
+    digits = np.frombuffer(bytes(16) + cells.translate(None, b"."), np.uint8)
+    stops = np.flatnonzero(digits == ord(","))
+    counts = np.diff(stops, prepend=15) - 1
+    words = np.ndarray(len(digits) - 7, "<u8", digits, strides=(1,))
+    values = (_eight_digits(words[stops - 16], counts - 8) * 10**8 + _eight_digits(words[stops - 8], counts)
+              ) / 10.0 ** np.minimum(decimals, 15)
+    odd = (counts < 1) | (counts > 15) | (np.bincount(owner, minlength=len(commas)) > 1)
+    odd[np.searchsorted(commas, np.flatnonzero((text != ord(",")) & (text != ord(".")) & (text - 48 > 9)))] = True
+    if odd.any():
+        try:
+            others = np.fromstring(text[np.repeat(odd, np.diff(commas, prepend=-1))].tobytes(), sep=",")
+        except ValueError:
+            return None
+        if len(others) != np.count_nonzero(odd):
+            return None
+        values[odd] = others
+    return values
+
+
+def _eight_digits(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The decimal numbers in the last counts (at most eight) bytes of each word, its lowest byte the first digit."""
+    unused = (8 * np.clip(8 - counts, 0, 8)).astype(np.uint64)
+    half = unused // 2  # twice half of it, for a shift by 64 is undefined
+    words = words >> half >> half << half << half
+    words = (words & 0x0F0F0F0F0F0F0F0F) * 2561 >> 8
+    words = (words & 0x00FF00FF00FF00FF) * 6553601 >> 16
+    return (words & 0x0000FFFF0000FFFF) * 42949672960001 >> 32
