@@ -21,10 +21,21 @@ from feste import _cpu
 
 ISAS = ("avx512", "avx2", "generic")
 
+# How long an idle thread of GNU OpenMP spins before it sleeps. Alone on the machine the default (300,000) is no
+# faster; beside another busy process it makes a step up to a hundred times slower, because a spinning thread holds
+# the core that the other threads wait for.
+SPIN_COUNT = "1000"
+
 
 def load(isa: str) -> ModuleType:
     """The compiled kernels of one instruction set."""
-    return importlib.import_module(f"feste._ops_{isa}")
+    if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        return importlib.import_module(f"feste._ops_{isa}")
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT  # read once, when the library is loaded
+    try:
+        return importlib.import_module(f"feste._ops_{isa}")
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
 
 
 def _is_built(isa: str) -> bool:

@@ -151,7 +151,7 @@ def same_step_samples(runs: list[Run]) -> list[tuple[int, str] | None]:
     return [(max(common), samples[max(common)]) if common else max(samples.items(), default=None) for samples in found]
 
 
-def warnings(runs: list[Run]) -> list[str]:
+def cautions(runs: list[Run]) -> list[str]:
     """Why losses per token of these runs should not be compared; empty if they may be."""
     tokenizers = {_digest(run.path / "tokenizer.json") for run in runs}
     texts = {run.info.get("corpus_sha256") for run in runs}
@@ -173,7 +173,7 @@ def _digest(path: Path) -> str | None:
 
 def rows(runs: list[Run], scores: list[float] | None = None) -> list[tuple[str, list[str]]]:
     """The table: (what, one cell for each run). The best of comparable losses has a star."""
-    found, comparable = [summary(run) for run in runs], not warnings(runs)
+    found, comparable = [summary(run) for run in runs], not cautions(runs)
     at = common_validation(runs)
     table = [(name, [_short(value) for value in values]) for name, values in differences(runs).items()]
     table += [
@@ -307,7 +307,7 @@ def print_report(runs: list[Run], scores: list[float] | None, console: Console) 
         console.print(_rich_table(table, runs, first, first + across))
     if any(cell.endswith("*") for _, cells in table for cell in cells):
         console.print("* the best of the runs", style="dim")
-    for line in warnings(runs) if len(runs) > 1 else []:
+    for line in cautions(runs) if len(runs) > 1 else []:
         console.print(f"Note: {line}.", style="yellow")
     _print_samples(runs, console)
 
@@ -342,7 +342,7 @@ def as_json(runs: list[Run], scores: list[float] | None) -> str:
                       "common_val_loss": {"step": at[0], "val_loss": at[1][i]} if at else None,
                       "sample": {"step": sample[0], "text": sample[1]} if sample else None,
                       "configuration": run.configuration()})
-    return json.dumps({"differences": differences(runs), "warnings": warnings(runs), "runs": found}, indent=1,
+    return json.dumps({"differences": differences(runs), "warnings": cautions(runs), "runs": found}, indent=1,
                       ensure_ascii=False)
 
 

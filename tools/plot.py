@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from feste.cli import guarded
-from tools.compare import Run, labels, open_runs, rows, same_step_samples, warnings
+from tools.compare import Run, cautions, labels, open_runs, rows, same_step_samples
 
 FORMATS = (".png", ".svg", ".html")
 # The colours of Okabe and Ito 2008, which most eyes tell apart, without the yellow that is faint on white.
@@ -66,7 +66,6 @@ def draw_losses(axes, run: Run, x: np.ndarray, style: dict) -> None:
 def draw_perplexity(axes, run: Run, x: np.ndarray, style: dict) -> None:
     axes.plot(*thin(x, run.columns["train_perplexity"], COARSE), **style)
     _validation(axes, x, run.columns["val_perplexity"], style)
-    axes.set_yscale("log")
 
 
 def draw_learning_rate(axes, run: Run, x: np.ndarray, style: dict) -> None:
@@ -76,7 +75,6 @@ def draw_learning_rate(axes, run: Run, x: np.ndarray, style: dict) -> None:
 
 def draw_grad_norm(axes, run: Run, x: np.ndarray, style: dict) -> None:
     _curve(axes, x, run.columns["grad_norm"], style)
-    axes.set_yscale("log")
 
 
 PANELS = {
@@ -85,6 +83,7 @@ PANELS = {
     "learning rate": draw_learning_rate,
     "gradient norm before clipping": draw_grad_norm,
 }
+LOGARITHMIC = ("perplexity", "gradient norm before clipping")
 
 
 def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str) -> None:
@@ -97,7 +96,8 @@ def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str)
     axes.set_xlabel(AXIS_TITLES[x_axis])
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_yscale() == "log":
+    if title in LOGARITHMIC and any((line.get_ydata() > 0.0).any() for line in axes.lines):
+        axes.set_yscale("log")
         _plain_log_ticks(axes)
     if title == "loss, nats per token":
         _explain_losses(axes, runs)
@@ -209,7 +209,7 @@ def make_page(runs: list[Run], x_axis: str = "step") -> str:
     names = labels(runs)
     legend = " ".join(f'<span class="run" style="border-color: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
                       for i, name in enumerate(names))
-    notes = "".join(f"<p>Note: {html.escape(line)}.</p>" for line in (warnings(runs) if len(runs) > 1 else []))
+    notes = "".join(f"<p>Note: {html.escape(line)}.</p>" for line in (cautions(runs) if len(runs) > 1 else []))
     samples = "".join(f"<h3>{html.escape(run.name)}, step {sample[0]:,}</h3><pre>{html.escape(sample[1])}</pre>"
                       for run, sample in zip(runs, same_step_samples(runs), strict=True) if sample)
     return PAGE.format(title=html.escape(", ".join(run.name for run in runs)), legend=legend, notes=notes,

@@ -460,7 +460,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", metavar="N", dest=dial.field,
                             help=f"{dial.help} (default: {dial.unset if default is None else default})")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: that of the checkpoint")
-    parser.add_argument("-0", "--null", action="store_true",
+    parser.add_argument("--null", action="store_true",
                         help="end each answer with a NUL byte, since it may have line ends in it (scripts only)")
     return parser
 
