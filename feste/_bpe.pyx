@@ -12,14 +12,17 @@ Design:
   yields the exact maximum.
 - Ties go to the smaller pair of ids, as in Hugging Face's trainer, and ids of bytes follow GPT-2's order, so
   the merges are the same as theirs.
-- Encoding keeps the words it has met in a hash table of bounded size. An unknown word is merged by rank: by
-  scanning if it is short, through a heap if it is long, so no text is worse than n log n.
+- Encoding keeps the words it has met in a hash table of bounded size. A new word is encoded from left to right in
+  linear time, see `Encoder.forward`, when the merges are consistent, as those of every training are. Merges that
+  are not, from a file made by hand, are applied in their order through a heap, in n log n.
 """
 
 cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
+
+from threading import Lock
 
 import numpy as np
 
@@ -527,48 +530,193 @@ cdef class Trainer:
 # ---- encoding ----------------------------------------------------------------------------------------------
 
 cdef enum:
-    SHORT = 48              # bytes up to which scanning for the lowest rank beats a heap
-    CACHED_BYTES = 128      # longer words are not kept
-    CACHED_WORDS = 1 << 17  # words kept before the cache starts afresh
+    CACHED_BYTES = 128          # longer words are not kept
+    CACHED_WORDS = 1 << 17      # words kept before the cache starts afresh
+    MAX_TRIE_BYTES = 1 << 22    # of all tokens together; GPT-2's have 320,000
+    FILTER_BYTES = 1 << 16
 
 cdef int64_t NO_RANK = 0x7FFFFFFFFFFFFFFF
+cdef uint32_t NO_CHILD = <uint32_t>-1
+
+
+cdef struct Child:
+    uint32_t key      # parent << 8 | byte; NO_CHILD if the slot is free
+    int32_t node      # -1 if the slot is free
+
+
+cdef class Trie:
+    """What follows a node by which byte: open addressing, at most half full. Eight bytes a slot, because looking
+    up tokens is most of the work on a new word, and waits for the cache."""
+    cdef Child* slots
+    cdef Py_ssize_t mask, n
+
+    def __cinit__(self):
+        self.resize(1024)
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    cdef int resize(self, Py_ssize_t size) except -1:
+        cdef Child* old = self.slots
+        cdef Py_ssize_t i, old_size = self.mask + 1 if old != NULL else 0
+        self.slots = <Child*>grow(NULL, size * sizeof(Child))
+        self.mask = size - 1
+        for i in range(size):
+            self.slots[i] = Child(NO_CHILD, -1)
+        for i in range(old_size):
+            if old[i].key != NO_CHILD:
+                self.find(old[i].key)[0] = old[i]
+        free(old)
+        return 0
+
+    cdef inline Child* find(self, uint32_t key) noexcept nogil:
+        """The entry of a key, or the free slot where it would go."""
+        cdef Py_ssize_t slot = <Py_ssize_t>((<uint64_t>key * <uint64_t>0x9E3779B97F4A7C15) >> 32) & self.mask
+        while self.slots[slot].key != key and self.slots[slot].key != NO_CHILD:
+            slot = (slot + 1) & self.mask
+        return &self.slots[slot]
+
+    cdef int32_t setdefault(self, uint32_t key, int32_t node) except -1:
+        """The node of a key, which becomes `node` if there was none."""
+        cdef Child* child = self.find(key)
+        if child.key == key:
+            return child.node
+        child[0] = Child(key, node)
+        self.n += 1
+        if 2 * self.n > self.mask:
+            self.resize(2 * (self.mask + 1))
+        return node
+
+
+cdef struct Token:
+    int32_t rank      # of the merge that makes it, -1 for a byte
+    int32_t left      # the two tokens it is made of
+    int32_t right
+    int32_t length    # in bytes; 0 of a token that no merge makes
+    int32_t shorter   # the longest other token that it begins with, -1 for a byte
 
 
 cdef class Merges:
-    """The merges of a tokenizer: pair -> (rank, id). Read-only once made, so threads may share it."""
+    """The merges of a tokenizer: pair -> (rank, id). Read-only once made, so threads may share it.
+
+    They are consistent if each token is made by one merge, behind those that make its two parts, and its own bytes
+    come to it. Then there is a trie too: each token is a node, and what begins a token but is none has a further one.
+    """
     cdef PairTable table
+    cdef uint8_t[FILTER_BYTES] filter  # a bit for the hash of each pair: nearly all that are looked up are none
     cdef int32_t[256] base
+    cdef Token[::1] tokens         # by id
+    cdef Trie trie
+    cdef readonly bint consistent
 
     def __init__(self, const int32_t[::1] base, const int32_t[:, ::1] pairs, const int32_t[::1] ids):
         """base: ids of the 256 bytes; pairs (n, 2) in the order of their rank; ids (n) of the merged tokens."""
         cdef Py_ssize_t k
         cdef Pair* pair
-        self.table = PairTable(pairs.shape[0])
+        cdef uint64_t key, bit
+        self.table, self.trie = PairTable(pairs.shape[0]), Trie()
+        memset(self.filter, 0, sizeof(self.filter))
         for k in range(256):
             self.base[k] = base[k]
         for k in range(pairs.shape[0]):
-            pair = self.table.get(<uint64_t>pairs[k, 0] << 32 | <uint64_t>pairs[k, 1])
+            key = <uint64_t>pairs[k, 0] << 32 | <uint64_t>pairs[k, 1]
+            bit = mix(key) & (8 * FILTER_BYTES - 1)
+            self.filter[bit >> 3] |= <uint8_t>(1 << (bit & 7))
+            pair = self.table.get(key)
             if pair.first < 0:  # of two merges of one pair the first counts
                 pair.first = k
                 pair.count = <int64_t>k << 32 | ids[k]
+        self.consistent = self.set_tokens(base, pairs, ids)
+        if self.consistent:
+            self.make_trie(base, ids)
+
+    cdef bint set_tokens(self, const int32_t[::1] base, const int32_t[:, ::1] pairs, const int32_t[::1] ids):
+        """Fill the table of tokens; False if the merges are not consistent, or their tokens too long for a trie."""
+        cdef Py_ssize_t k, total = 0
+        cdef Token* a
+        cdef Token* b
+        cdef int size = max(np.max(base), np.max(pairs, initial=0), np.max(ids, initial=0)) + 1
+        self.tokens = np.zeros(size, np.dtype("i4, i4, i4, i4, i4"))
+        for k in range(256):
+            self.tokens[base[k]] = Token(-1, -1, -1, 1, -1)
+        for k in range(pairs.shape[0]):
+            a, b = &self.tokens[pairs[k, 0]], &self.tokens[pairs[k, 1]]
+            if a.length == 0 or b.length == 0 or self.tokens[ids[k]].length \
+                    or not self.apart(pairs[k, 0], pairs[k, 1], k):
+                return False
+            total += a.length + b.length
+            if total + size > MAX_TRIE_BYTES:  # a key of the trie holds 2^24 nodes
+                return False
+            self.tokens[ids[k]] = Token(<int32_t>k, pairs[k, 0], pairs[k, 1], a.length + b.length, -1)
+        return True
+
+    cdef make_trie(self, const int32_t[::1] base, const int32_t[::1] ids):
+        cdef Py_ssize_t i, length
+        cdef int32_t node, token, n_ids = <int32_t>self.tokens.shape[0], n_nodes = n_ids
+        cdef const uint8_t* p
+        text = {base[i]: bytes([i]) for i in range(256)}
+        for token in ids:  # in the order of the merges
+            text[token] = text[self.tokens[token].left] + text[self.tokens[token].right]
+        for token in sorted(ids, key=lambda token: len(text[token])):  # so that what a token begins with is there
+            p, length, node = text[token], self.tokens[token].length, self.base[<int>text[token][0]]
+            for i in range(1, length):
+                if node < n_ids:
+                    self.tokens[token].shorter = node
+                node = self.trie.setdefault(<uint32_t>node << 8 | p[i], token if i == length - 1 else n_nodes)
+                n_nodes += node == n_nodes
 
     cdef inline int64_t rank(self, int32_t a, int32_t b) noexcept nogil:
         """rank << 32 | id of the merged token, or NO_RANK."""
-        cdef Pair* pair = self.table.find(<uint64_t>a << 32 | <uint64_t>b)
+        cdef uint64_t key = <uint64_t>a << 32 | <uint64_t>b, bit = mix(key) & (8 * FILTER_BYTES - 1)
+        cdef Pair* pair
+        if not self.filter[bit >> 3] >> (bit & 7) & 1:
+            return NO_RANK
+        pair = self.table.find(key)
         return pair.count if pair.key != EMPTY else NO_RANK
+
+    cdef inline bint apart(self, int32_t a, int32_t b, int64_t limit) noexcept nogil:
+        """Whether a and b side by side stay two tokens under the merges of rank below `limit`.
+
+        Goes back in time: undoes the later of the merges that made the two tokens at the border, and looks whether
+        a merge across the border would have come before it. Of equal ranks the leftmost merge comes first.
+        """
+        while True:
+            if self.rank(a, b) < limit << 32:
+                return False
+            if self.tokens[a].rank > self.tokens[b].rank:
+                limit = min(limit, self.tokens[a].rank)
+                a = self.tokens[a].right
+            elif self.tokens[b].rank >= 0:
+                limit = min(limit, self.tokens[b].rank + 1)
+                b = self.tokens[b].left
+            else:
+                return True
+
+    cdef inline int32_t longest(self, const uint8_t* p, Py_ssize_t n) noexcept nogil:
+        """The longest token that the n > 0 bytes at p begin with."""
+        cdef int32_t node = self.base[p[0]], token = node
+        cdef Py_ssize_t i
+        for i in range(1, n):
+            node = self.trie.find(<uint32_t>node << 8 | p[i]).node
+            if node < 0:
+                break
+            if node < self.tokens.shape[0]:
+                token = node
+        return token
 
 
 cdef class Encoder:
-    """Encodes with some merges and its own cache of words; one thread uses it at a time."""
+    """Encodes with some merges and its own cache of words; of several threads one uses it at a time."""
     cdef Merges merges
+    cdef object lock
     cdef WordTable cache
     cdef int32_t* ids              # of the cached words
     cdef Py_ssize_t n_ids, max_ids
-    cdef void* work                # for one long word
+    cdef void* work                # for one word
     cdef Py_ssize_t max_work
 
     def __cinit__(self, Merges merges):
-        self.merges, self.cache = merges, WordTable()
+        self.merges, self.cache, self.lock = merges, WordTable(), Lock()
         self.max_ids = CACHED_WORDS
         self.ids = <int32_t*>malloc(self.max_ids * sizeof(int32_t))
         if self.ids == NULL:
@@ -586,7 +734,7 @@ cdef class Encoder:
         if n == 0:
             return 0
         cdef const uint8_t* p = &text[0]
-        with nogil:
+        with self.lock, nogil:
             while i < n:
                 end = word_end(p, i, n)
                 k += self.encode_word(p + i, end - i, &out[k])
@@ -599,14 +747,14 @@ cdef class Encoder:
         cdef int index
         cdef Py_ssize_t k
         if n > CACHED_BYTES:
-            return self.merge_long(p, n, out)
+            return self.merge(p, n, out)
         if self.cache.n_words == CACHED_WORDS:
             self.cache.clear()
             self.n_ids = 0
         index = self.cache.find(p, n, &added)
         w = &self.cache.words[index]
         if added:
-            k = self.merge_short(p, n, out) if n <= SHORT else self.merge_long(p, n, out)
+            k = self.merge(p, n, out)
             if self.n_ids + k > self.max_ids:
                 self.ids = <int32_t*>grow(self.ids, 2 * self.max_ids * sizeof(int32_t))
                 self.max_ids *= 2
@@ -618,41 +766,55 @@ cdef class Encoder:
             out[k] = self.ids[w.count + k]
         return w.ids
 
-    cdef Py_ssize_t merge_short(self, const uint8_t* p, Py_ssize_t n, int32_t* out) noexcept nogil:
-        """Merge the pair of lowest rank, the leftmost of equals, until there is none."""
-        cdef int64_t[SHORT] ranks  # of the pair that starts here
-        cdef int64_t lowest
-        cdef Py_ssize_t i, at
-        for i in range(n):
-            out[i] = self.merges.base[p[i]]
-        for i in range(n - 1):
-            ranks[i] = self.merges.rank(out[i], out[i + 1])
-        while n > 1:
-            lowest, at = NO_RANK, 0
-            for i in range(n - 1):
-                if ranks[i] < lowest:
-                    lowest, at = ranks[i], i
-            if lowest == NO_RANK:
-                break
-            out[at] = <int32_t>lowest
-            n -= 1
-            for i in range(at + 1, n):
-                out[i] = out[i + 1]
-                ranks[i - 1] = ranks[i]
-            if at > 0:
-                ranks[at - 1] = self.merges.rank(out[at - 1], out[at])
-            if at + 1 < n:
-                ranks[at] = self.merges.rank(out[at], out[at + 1])
-        return n
+    cdef Py_ssize_t merge(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
+        """The ids of one word; returns how many."""
+        if n > 0x7FFFFFFF:
+            with gil:
+                raise ValueError(f"a word of {n} bytes is too long; the limit is 2 GB")
+        return self.forward(p, n, out) if self.merges.consistent else self.by_rank(p, n, out)
 
-    cdef Py_ssize_t merge_long(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
-        """The same through a heap of (rank, position) over linked symbols. The heap holds at most one entry for
-        each pair that ever was: n - 1 at first and two more for each of at most n - 1 merges."""
-        cdef Py_ssize_t size = n * (3 * sizeof(int32_t)) + 8 + 3 * n * sizeof(Candidate)
+    cdef Py_ssize_t forward(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
+        """Take the longest token that stays apart from the one before, and go back where none does.
+
+        Tokens are the encoding of their bytes if and only if each two neighbours among them are the encoding of
+        theirs: the first merge across any border would cross it between these two alone as well. So the encoding
+        of a text up to a border between two of its tokens is settled, whatever follows, and an end that was given
+        up once is never a border. Each end is tried once: time is linear in n, as tokens have a greatest length.
+        """
+        cdef Py_ssize_t k = 0, at = 0, end = 0
+        cdef int32_t token = self.merges.longest(p, n)
+        cdef uint8_t* given_up = <uint8_t*>self.room(n + 1)
+        memset(given_up, 0, n + 1)
+        while True:
+            while token >= 0:
+                end = at + self.merges.tokens[token].length
+                if not given_up[end] and (k == 0 or self.merges.apart(out[k - 1], token, 0x7FFFFFFF)):
+                    break
+                token = self.merges.tokens[token].shorter
+            if token >= 0:
+                out[k] = token
+                k += 1
+                at = end
+                if at == n:
+                    return k
+                token = self.merges.longest(p + at, n - at)
+            else:
+                given_up[at] = True
+                k -= 1
+                at -= self.merges.tokens[out[k]].length
+                token = self.merges.tokens[out[k]].shorter
+
+    cdef void* room(self, Py_ssize_t size) except NULL nogil:
         if size > self.max_work:
             self.work = grow(self.work, size)
             self.max_work = size
-        cdef Candidate* heap = <Candidate*>self.work
+        return self.work
+
+    cdef Py_ssize_t by_rank(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
+        """Merge the pair of lowest rank, the leftmost of equals, until there is none: a heap of (rank, position)
+        over linked symbols. The heap holds at most one entry for each pair that ever was: n - 1 at first and two
+        more for each of at most n - 1 merges."""
+        cdef Candidate* heap = <Candidate*>self.room(3 * n * (sizeof(int32_t) + sizeof(Candidate)))
         cdef int32_t* symbol = <int32_t*>(heap + 3 * n)
         cdef int32_t* left = symbol + n
         cdef int32_t* right = left + n
