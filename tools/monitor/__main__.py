@@ -1,0 +1,60 @@
+"""The command line of the monitor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from tools.monitor.demo import Demo
+from tools.monitor.runs import Watch, in_order
+from tools.monitor.summary import as_json, as_text
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m tools.monitor", description="Watch training runs in the terminal. "
+                                   "Press ? there for the keys.")
+    made.add_argument("paths", nargs="*", metavar="PATH", help="run directories, or folders that hold some "
+                      "(default: data)")
+    made.add_argument("--once", action="store_true", help="print a summary and exit")
+    made.add_argument("--json", action="store_true", help="print the summary as JSON and exit")
+    made.add_argument("--demo", action="store_true", help="show made-up runs, one of them live")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.demo and args.paths:
+        parser().error(f"--demo shows runs of its own; leave out {args.paths[0]}")
+    try:
+        with Demo() if args.demo else nullcontext() as demo:
+            watch = Watch([demo] if demo else [Path(path) for path in args.paths or ["data"]])
+            return _print(watch, args.json) if args.once or args.json else _watch(watch)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _print(watch: Watch, json: bool) -> int:
+    runs = in_order(watch.read(), "newest")
+    if not runs:
+        raise ValueError(f"there is no run in {', '.join(map(str, watch.paths))}; start one with an example, or see "
+                         "--demo")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    print(as_json(runs) if json else as_text(runs))
+    return 0
+
+
+def _watch(watch: Watch) -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError("the monitor needs a terminal; use --once or --json in a pipe")
+    from tools.monitor.app import Monitor  # Textual takes a moment to load, which the summaries do not need
+    Monitor(watch).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
