@@ -16,7 +16,8 @@ from feste.config import PRESETS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the model and run to start from")
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     parser.add_argument("--checkpoint", metavar="PATH", help="fine-tune from a checkpoint or a run's best one")

@@ -26,7 +26,7 @@ from feste.model import GPT2
 from feste.optim import AdamW
 from feste.params import ParameterTable
 from feste.progress import Progress
-from feste.runlog import RunLogError
+from feste.runlog import RunLogError, read_info
 from feste.tokenizer import BPETokenizer
 from feste.trainer import CHANGEABLE, TrainingDiverged, TrainResult, train_gpt2
 
@@ -45,7 +45,8 @@ MODEL_HELP = {
 
 def run_preset(name: str, argv: Sequence[str] | None = None) -> int:
     """The whole of an example: train a preset with the flags of the command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=f"Train the {name} model: {PRESETS[name].summary}.")
+    parser = argparse.ArgumentParser(description=f"Train the {name} model: {PRESETS[name].summary}.",
+                                     allow_abbrev=False)
     add_flags(parser)
     return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv)))
 
@@ -191,7 +192,6 @@ def _load_data(preset: Preset, args: argparse.Namespace, config: Config,
 
 def _resumed(args: argparse.Namespace) -> Plan:
     """The plan of a run that is in its directory already."""
-    import json
     path, passed_over = find_checkpoint(args.resume)
     for line in passed_over:
         print(f"passed over: {line}")
@@ -199,7 +199,7 @@ def _resumed(args: argparse.Namespace) -> Plan:
     if checkpoint.optimizer is None or checkpoint.tokenizer is None or checkpoint.train_config is None:
         raise ValueError(f"{path} serves inference only; training cannot continue from it")
     run_dir = path.parent
-    info = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
+    info = read_info(run_dir)
     flags = info.get("data_flags", {})
     named = _named(args, TrainConfig) | _named(args, Config)
     refused = sorted(set(named) - CHANGEABLE)

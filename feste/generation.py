@@ -104,10 +104,11 @@ def generate(model: GPT2, prompt: np.ndarray, B: int, max_new_tokens: int, sampl
         elif cache.length == block_size:
             logits = _read(model, cache, context)
         else:
-            logits = _decode(model, weights, cache, context[:, -1:])
+            logits = _decode(model, weights, cache, new)
         ids = [sampler(logits[b % len(logits)]) for b in range(B)]
         yield ids
-        context = np.concatenate([context, np.array(ids, np.int32)[:, None]], axis=1)[:, -block_size:]
+        new = np.array(ids, np.int32).reshape(B, 1)
+        context = np.concatenate([context, new], axis=1)[:, -block_size:]
 
 
 def _read(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:

@@ -1,0 +1,304 @@
+"""train_gpt2: what a run leaves behind, when it stops, and the examples' command line."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feste import GPT2, BPETokenizer, Checkpoint, Config, TrainConfig, ops, train_gpt2
+from feste.cli import run_preset
+from feste.config import PRESETS
+from feste.optim import learning_rate_at
+from feste.runlog import COLUMNS, read_info, read_rows
+from feste.trainer import TrainingDiverged
+
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(f"{a} {verb} {b}.\n" for a in ("The king", "A fool", "My lord", "The queen", "Hamlet")
+               for verb in ("loves", "hates", "knows", "sees", "is not") for b in ("the crown", "a ghost", "me", "thee")
+               ) * 6
+TOKENIZER = BPETokenizer.train(TEXT, 280)
+CONFIG = Config(vocab_size=280, n_embd=16, n_layers=1, n_heads=2, block_size=16)
+QUICK = {"num_steps": 20, "learning_rate": 1e-2, "seq_len": 16, "val_interval": 5, "sample_interval": 10,
+         "checkpoint_interval": 5, "sample_tokens": 5, "val_windows": 4}
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    yield
+    ops.set_num_threads(0)
+
+
+def train(run_dir=None, model=None, text=TEXT, **changes):
+    return train_gpt2(model or GPT2(CONFIG), TOKENIZER, text, run_dir=run_dir, **(QUICK | changes))
+
+
+# ---- a run and its directory -------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_complete(tmp_path):
+    result = train(tmp_path / "run")
+    assert result.state == "finished" and result.step == 20
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")) == [
+        "checkpoint_best.bin", "checkpoint_final.bin", "checkpoint_step_10.bin", "checkpoint_step_15.bin",
+        "checkpoint_step_20.bin", "run.json", "tokenizer.json", "training_log.csv"]
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 15, 20]
+    assert [row["step"] for row in rows if "sample" in row] == [10, 20]
+    for row in rows:
+        assert row["learning_rate"] == pytest.approx(learning_rate_at(row["step"], TrainConfig(**QUICK)), rel=1e-6)
+        assert row["train_perplexity"] == pytest.approx(np.exp(row["train_loss"]), rel=1e-6)
+        assert row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+    with open(tmp_path / "run" / "training_log.csv", newline="") as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
+    info = read_info(tmp_path / "run")
+    assert info["state"] == "finished" and info["parameters"] == GPT2(CONFIG).num_parameters()
+    assert info["planned_steps"] == 20 and info["tokens_per_step"] == 128 and info["model"] == CONFIG.to_dict()
+    assert BPETokenizer.load(tmp_path / "run" / "tokenizer.json").to_json() == TOKENIZER.to_json()
+
+
+def test_it_learns_and_says_how_well(tmp_path):
+    result = train(num_steps=150)
+    assert result.best_val_loss < 3.5 < np.log(280) and result.run_dir is None
+
+
+def test_loading_a_trained_model(tmp_path):
+    """The guide's snippet: load, generate, continue training as a new run."""
+    train(tmp_path / "run")
+    checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint_best.bin")
+    ids = checkpoint.tokenizer.encode("The king")
+    text = checkpoint.tokenizer.decode(checkpoint.model.generate(ids, 20, 0.8))
+    assert text.startswith("The king") and len(text) > len("The king")
+    result = train_gpt2(checkpoint.model, checkpoint.tokenizer, TEXT, 10, 1e-3, 16, tmp_path / "continued",
+                        optimizer=checkpoint.optimizer)
+    assert result.state == "finished" and result.train_loss < np.log(280)
+
+
+def test_the_best_checkpoint_is_the_best(tmp_path):
+    result = train(tmp_path / "run", num_steps=60, learning_rate=0.3, clip_norm=100.0)
+    best = Checkpoint.load(tmp_path / "run" / "checkpoint_best.bin")
+    losses = {row["step"]: row["val_loss"] for row in read_rows(tmp_path / "run") if "val_loss" in row}
+    assert best.step == result.best_step == min(losses, key=losses.get)
+    assert best.best_val_loss == pytest.approx(min(losses.values()), rel=1e-7)
+
+
+def test_early_stopping(tmp_path):
+    result = train(tmp_path / "run", num_steps=500, learning_rate=1e-12, patience=10)
+    assert result.state == "early_stopped" and 10 <= result.step < 60
+    assert read_info(tmp_path / "run")["state"] == "early_stopped"
+    assert (tmp_path / "run" / "checkpoint_final.bin").exists()
+
+
+def test_a_saved_snapshot_does_not_see_later_steps(tmp_path):
+    model = GPT2(CONFIG)
+    at_ten = np.empty_like(model.flat_params)
+    train(tmp_path / "run", model, on_step=lambda r: r["step"] == 10 and np.copyto(at_ten, model.flat_params))
+    saved = Checkpoint.load(tmp_path / "run" / "checkpoint_step_10.bin").model.flat_params
+    assert np.array_equal(saved, at_ten)
+
+
+def test_a_run_directory_is_never_reused(tmp_path):
+    train(tmp_path / "run")
+    before = (tmp_path / "run" / "training_log.csv").read_bytes()
+    with pytest.raises(OSError, match="exists; a run directory is never reused"):
+        train(tmp_path / "run")
+    assert (tmp_path / "run" / "training_log.csv").read_bytes() == before
+
+
+# ---- numerical trouble -------------------------------------------------------------------------------------
+
+
+def poison_at(model: GPT2, *steps: int):
+    """Make the gradient of some steps NaN, as a damaged batch would."""
+    original, count = model.forward_backward, iter(range(1, 10_000))
+
+    def forward_backward(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        if next(count) in steps:
+            model.flat_grads[0] = np.nan
+        return loss
+    model.forward_backward = forward_backward
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = GPT2(CONFIG)
+    poison_at(model, 13)
+    with pytest.raises(TrainingDiverged, match="step 13: the gradient norm is nan; the learning rate may be too high"):
+        train(tmp_path / "run", model)
+    info = read_info(tmp_path / "run")
+    assert info["state"] == "failed" and "step 13" in info["reason"]
+    assert Checkpoint.load(tmp_path / "run" / "checkpoint_step_10.bin").step == 10
+    assert not (tmp_path / "run" / "checkpoint_final.bin").exists()
+
+
+def test_a_nan_can_be_skipped(tmp_path):
+    model = GPT2(CONFIG)
+    poison_at(model, 3, 4, 13)
+    result = train(tmp_path / "run", model, on_nan="skip")
+    assert result.state == "finished" and result.skipped_steps == 3 and np.isfinite(model.flat_params).all()
+    assert read_info(tmp_path / "run")["skipped_steps"] == 3
+    model = GPT2(CONFIG)
+    poison_at(model, *range(5, 100))
+    with pytest.raises(TrainingDiverged, match="step 14: .*the 10th time in a row"):
+        train(model=model, on_nan="skip")
+
+
+def test_an_infinite_loss_is_caught():
+    model = GPT2(CONFIG)
+    model.params["transformer.ln_f.bias"][:] = np.inf
+    with pytest.raises(TrainingDiverged, match="step 1: the loss is"):
+        train(model=model)
+
+
+# ---- settings and data that do not fit ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seq_len": 17}, "seq_len=17 is beyond the model's block_size=16"),
+    ({"text": "short"}, "held-out part .* has . tokens, but one window of seq_len=16"),
+    ({"text": TEXT[:150]}, "held-out part"),
+    ({"text": np.zeros((3, 3), int)}, "1-D array of integer token ids"),
+    ({"num_steps": 0}, "num_steps must be a positive integer, got 0"),
+    ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+    ({"on_nan": "ignore"}, "on_nan must be 'stop' or 'skip'"),
+    ({"val_fraction": 1.0}, "val_fraction"),
+    ({"sample_prompt": ""}, "sample_prompt must not be empty"),
+])
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_setting_is_an_error():
+    with pytest.raises(TypeError, match="num_stepz"):
+        train(num_stepz=3)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    with pytest.raises(ValueError, match="the tokenizer has 280 tokens, the model only 270"):
+        train(model=GPT2(Config(270, 16, 1, 2, 16)))
+
+
+def test_training_on_token_ids_is_training_on_their_text():
+    models = [GPT2(CONFIG), GPT2(CONFIG)]
+    train(model=models[0])
+    train(model=models[1], text=TOKENIZER.encode_to_numpy(TEXT))
+    assert np.array_equal(models[0].flat_params, models[1].flat_params)
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 4)
+    return path
+
+
+TINY_FLAGS = ["--n-embd", "16", "--n-layers", "1", "--block-size", "16", "--vocab-size", "280", "--steps", "12",
+              "--val-interval", "5", "--checkpoint-interval", "5", "--sample-interval", "10", "--val-windows", "4"]
+
+
+def test_an_example_from_end_to_end(tmp_path, text_file, capsys):
+    assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert f"{ops.isa} ({ops.isa_reason})" in out and "fp32" in out
+    assert "finished at step 12" in out and "loss over the whole held-out part" in out and "temperature 0.8" in out
+    assert (tmp_path / "run" / "checkpoint_final.bin").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, text_file, capsys):
+    assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run"),
+                               "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("parameters", "memory", "disk", "steps a second", "tokens a step", "nothing was written"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--data", "missing.txt"], "cannot read missing.txt"),
+    (["--n-heads", "5"], "n_embd must be divisible by n_heads"),
+    (["--vocab-size", "255"], "vocab_size must be at least 256"),
+    (["--seq-len", "17"], "seq_len=17 is beyond the model's block_size=16"),
+    (["--train-chars", "30"], "tokens, but one window"),
+    (["--train-chars", "0"], "--train-chars must be at least 1, got 0"),
+    (["--steps", "0"], "num_steps must be a positive integer"),
+    (["--run-dir", "text.txt/run"], "cannot write the run directory text.txt/run: Not a directory"),
+    (["--resume", "nowhere"], "nowhere is neither a checkpoint nor a run directory"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, text_file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY_FLAGS, "--data", str(text_file), "--run-dir", "run", *flags]
+    assert run_preset("tiny", argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not Path("run").exists()
+
+
+def script(name: str, *flags: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "examples" / name), *flags], capture_output=True, text=True,
+                          timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--step", "3"], "unrecognized arguments: --step"), (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--precision", "fp16"], "invalid choice: 'fp16'"), (["--steps", "many"], "invalid int value: 'many'"),
+])
+def test_unknown_flags_and_presets_are_errors(flags, message):
+    done = script("train.py", *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_presets_are_listed_with_their_true_sizes():
+    done = script("train.py", "--list-presets")
+    assert done.returncode == 0
+    for name in PRESETS:
+        assert name in done.stdout
+    for count in ("169,728", "873,600", "4,011,520", "116,989,440"):
+        assert count in done.stdout
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_its_tokenizer(tmp_path, text_file):
+    train(tmp_path / "first", num_steps=60)
+    done = script("train.py", "--checkpoint", str(tmp_path / "first"), "--data", str(text_file), "--steps", "5",
+                  "--run-dir", str(tmp_path / "second"), "--seq-len", "16")
+    assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "second")[0]["train_loss"] < 4.5 < np.log(280)
+    other = script("train.py", "--checkpoint", str(tmp_path / "first"), "--n-embd", "32", "--data", str(text_file))
+    assert other.returncode == 2 and "n_embd=16, not 32" in other.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("0[5-8]*.py")))
+def test_the_examples_have_the_guides_settings(name):
+    size = name.removeprefix("0").split("_")[-1].removesuffix(".py")
+    expected = {  # vocabulary, channels, layers, heads, context, steps, learning rate, patience, characters
+        "tiny": (512, 64, 2, 1, 64, 500, 3e-3, 5000, 200_000),
+        "small": (1024, 128, 3, 1, 128, 2000, 2e-3, 5000, 500_000),
+        "medium": (1536, 256, 4, 4, 256, 8000, 3e-4, 3000, 2_000_000),
+        "gpt2": (20534, 768, 12, 12, 512, 5000, 3e-4, 2000, None)}[size]
+    p = PRESETS[size]
+    m, t = p.model, p.train
+    assert (m.vocab_size, m.n_embd, m.n_layers, m.n_heads, m.block_size, t.num_steps, t.learning_rate, t.patience,
+            p.train_chars) == expected
+    assert p.tokenizer_chars == p.train_chars and t.batch_size * t.accumulation == 8 and t.seq_len == m.block_size
+    assert (t.warmup_fraction, t.clip_norm, t.val_interval, t.sample_interval, t.checkpoint_interval) == (
+        0.1, 1.0, 50, 200, 250)
+    assert f'run_preset("{size}")' in (ROOT / "examples" / name).read_text()
+
+
+def test_run_json_survives_a_reader_at_any_time(tmp_path):
+    """Replaced as a whole: every reading is a whole document."""
+    seen = []
+
+    def read(record):
+        seen.append(json.loads((tmp_path / "run" / "run.json").read_text())["state"])
+    train(tmp_path / "run", on_step=read)
+    assert set(seen) == {"running"} and os.getpid() == read_info(tmp_path / "run")["pid"]
