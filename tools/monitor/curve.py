@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 
@@ -26,10 +26,9 @@ Row = list[tuple[str, str]]  # (text, style)
 
 @dataclass(frozen=True)
 class Columns:
-    """A curve reduced to dot columns: where they are, the first and last value in each, and their extremes."""
+    """A curve reduced to dot columns: where they are, and the last value and the extremes in each."""
 
     place: np.ndarray
-    first: np.ndarray
     last: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -52,8 +51,8 @@ def decimate(x: np.ndarray, y: np.ndarray, x0: float, x1: float, columns: int) -
     place = np.flatnonzero(ends > starts)
     starts, ends = starts[place], ends[place]
     if not len(place):
-        return Columns(place, y, y, y, y)
-    return Columns(place, y[starts], y[ends - 1], np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts))
+        return Columns(place, y, y, y)
+    return Columns(place, y[ends - 1], np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts))
 
 
 def pool(x: np.ndarray, y: np.ndarray, limit: int = POOL_LIMIT) -> tuple[np.ndarray, np.ndarray, int]:
@@ -286,29 +285,23 @@ class Canvas:
         """Vertical strokes between the extremes of each column, joined by lines."""
         if not len(columns.place):
             return
-        top, bottom = np.full(2 * self.width, 4 * self.height), np.full(2 * self.width, -1)
-        first, last = self.dot_row(columns.first), self.dot_row(columns.last)
-        every = np.arange(columns.place[0], columns.place[-1] + 1)
-        leaving = np.interp(every, columns.place, last)  # on the way from a column's last value ...
-        joined = np.interp(every, columns.place, first)
-        step = np.zeros(len(every), int)
-        step[columns.place - every[0]] = 1
-        before = np.cumsum(step) - 1  # ... to the first one of the next
-        after = np.minimum(before + (step == 0), len(columns.place) - 1)
-        gap = np.maximum(columns.place[after] - columns.place[before], 1)
-        share = (every - columns.place[before]) / gap
-        line = np.where(step == 1, joined, last[before] + (first[after] - last[before]) * share)
-        top[every], bottom[every] = np.floor(line), np.floor(line)
-        previous = np.where(step[:-1] == 1, leaving[:-1], line[:-1])
-        middle = (previous + line[1:]) / 2
-        top[every[1:]] = np.minimum(top[every[1:]], np.ceil(middle))
-        bottom[every[1:]] = np.maximum(bottom[every[1:]], np.floor(middle))
-        top[every[:-1]] = np.minimum(top[every[:-1]], np.ceil(middle))
-        bottom[every[:-1]] = np.maximum(bottom[every[:-1]], np.floor(middle))
-        top[columns.place] = np.minimum(top[columns.place], self.dot_row(columns.high))
-        bottom[columns.place] = np.maximum(bottom[columns.place], self.dot_row(columns.low))
+        begin, end = int(columns.place[0]), int(columns.place[-1]) + 1
+        line = np.interp(np.arange(begin, end), columns.place, self.dot_row(columns.last)).astype(int)
+        top, bottom = line, line.copy()
+        top[columns.place - begin], bottom[columns.place - begin] = self.dot_row(columns.high), self.dot_row(columns.low)
+        left, right = slice(None, -1), slice(1, None)
+        falls, rises = top[right] > bottom[left], bottom[right] < top[left]
+        middle = np.where(falls, bottom[left] + top[right], top[left] + bottom[right]) // 2
+        above, below = middle + rises, middle + falls  # the two sides meet at the middle row
+        joined_top, joined_bottom = top.copy(), bottom.copy()
+        joined_bottom[left][falls] = np.maximum(bottom[left], middle)[falls]
+        joined_top[right][falls] = np.minimum(top[right], below)[falls]
+        joined_top[left][rises] = np.minimum(top[left], above)[rises]
+        joined_bottom[right][rises] = np.maximum(joined_bottom[right], middle)[rises]
         rows = np.arange(4 * self.height)[:, None]
-        self._add((rows >= top) & (rows <= bottom), style)
+        dots = np.zeros((4 * self.height, 2 * self.width), bool)
+        dots[:, begin:end] = (rows >= joined_top) & (rows <= joined_bottom)
+        self._add(dots, style)
 
     def _add(self, dots: np.ndarray, style: str) -> None:
         cells = dots.reshape(self.height, 4, self.width, 2) * BRAILLE_BITS[None, :, None, :]
@@ -394,7 +387,7 @@ def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[in
         places = [(math.log10(value), value) for value in values if value > 0]
     else:
         places = [(value, value) for value in ticks(*limits, most)]
-    step = min((b[1] - a[1] for a, b in zip(places, places[1:], strict=False)), default=0.0)
+    step = min((b[1] - a[1] for a, b in pairwise(places)), default=0.0)
     return {int(canvas.dot_row(np.array(place))) // 4: _label(value, step) for place, value in places}
 
 

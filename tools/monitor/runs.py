@@ -245,10 +245,10 @@ def _run_directories(path: Path) -> list[Path]:
 
 
 def in_order(runs: list[Run], sort: str) -> list[Run]:
-    """The runs by one of SORTS; a run without a loss comes last."""
+    """The runs by one of SORTS: what is running is newest; a run without a loss comes last."""
     runs = sorted(runs, key=lambda run: run.name)
     if sort == "newest":
-        return sorted(runs, key=lambda run: run.summary.started or "", reverse=True)
+        return sorted(runs, key=lambda run: (run.state == "running", run.summary.started or ""), reverse=True)
     if sort == "best loss":
         return sorted(runs, key=lambda run: math.inf if run.summary.best_loss is None else run.summary.best_loss)
     return runs

@@ -1,0 +1,288 @@
+"""The screen: what is selected, what is pinned, and how it is looked at."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+
+from rich.text import Text
+from textual import events, work
+from textual.app import App, ComposeResult
+from textual.containers import Horizontal
+from textual.message import Message
+from textual.widgets import Footer, Static
+
+from tools.monitor import keys
+from tools.monitor.curve import View
+from tools.monitor.picture import AXES, LINES, METRICS, SPANS, convert
+from tools.monitor.runs import SORTS, Run, Watch, in_order
+from tools.monitor.widgets import Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
+
+POLL_SECONDS = 0.4
+SCAN_SECONDS = 2.0
+LARGE_WIDTH = 130
+
+
+def after(value, values):
+    """The value that follows in a cycle."""
+    values = list(values)
+    return values[(values.index(value) + 1) % len(values)]
+
+
+class Monitor(App):
+    """Follows the runs of a Watch in a thread of its own; the screen shows what that thread has read."""
+
+    BINDINGS = keys.BINDINGS
+    ENABLE_COMMAND_PALETTE = False
+    HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
+    CSS = """
+    #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
+    .-large #runs { max-height: 12; }
+    #empty { height: 1fr; content-align: center middle; display: none; }
+    #status { height: auto; padding: 0 1; }
+    #tabs { height: 1; padding: 0 1; background: $panel; }
+    #views { height: 1fr; }
+    #curve { width: 2fr; height: 1fr; }
+    #samples { width: 1fr; height: 1fr; padding: 0 1; }
+    #sample_head, #sample_bar { height: 1; }
+    #sample_scroll { height: 1fr; }
+    .-small #views.both #samples { display: none; }
+    #views.curve #samples { display: none; }
+    #views.samples #curve { display: none; }
+    .zen #runs, .zen #status { display: none; }
+    .bare #runs, .bare #status, .bare #tabs, .bare #views { display: none; }
+    .bare #empty { display: block; }
+    Help { align: center middle; }
+    #help { width: 90%; max-width: 90; height: 90%; border: round $accent; padding: 0 1; background: $surface; }
+    """
+
+    class Polled(Message):
+        """The thread has read what there was."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self.selected: Run | None = None
+        self.pinned: list[str] = []
+        self.sort = SORTS[0]
+        self.sample_step: int | None = None  # None: the newest
+        self.view = "both"
+        self.refresh_seconds = 0.0
+        self._stop, self._waiting = threading.Event(), threading.Event()
+
+    def compose(self) -> ComposeResult:
+        yield RunTable()
+        yield Static(id="empty", markup=False)
+        yield Status(id="status", markup=False)
+        yield Static(id="tabs", markup=False)
+        with Horizontal(id="views", classes="both"):
+            yield Plot()
+            yield Samples()
+        yield Footer(compact=True)
+
+    @property
+    def plot(self) -> Plot:
+        return self.screen_stack[0].query_one(Plot)
+
+    @property
+    def large(self) -> bool:
+        return self.size.width >= LARGE_WIDTH
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def on_mount(self) -> None:
+        self._follow()
+
+    def on_unmount(self) -> None:
+        self._stop.set()
+
+    @work(thread=True)
+    def _follow(self) -> None:
+        """Read until the app ends. At most one message waits, however slow the screen is."""
+        scanned = -SCAN_SECONDS
+        while not self._stop.is_set():
+            if time.monotonic() - scanned >= SCAN_SECONDS or not self.watch.runs:
+                self.watch.scan()
+                scanned = time.monotonic()
+            more = self.watch.poll()
+            if not self._waiting.is_set():
+                self._waiting.set()
+                self.post_message(self.Polled())
+            self._stop.wait(0.0 if more else POLL_SECONDS)
+
+    def on_monitor_polled(self) -> None:
+        self._waiting.clear()
+        self.show()
+
+    # ---- showing ---------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[Run]:
+        return in_order(list(self.watch.runs.values()), self.sort)
+
+    def show(self) -> None:
+        """Bring the whole screen up to date."""
+        begun, base, runs = time.perf_counter(), self.screen_stack[0], self.runs()
+        base.set_class(not runs, "bare")
+        if not runs:
+            self._show_empty(base)
+            return
+        if self.selected is None:
+            self.selected = in_order(runs, "newest")[0]
+        run, width = self.selected, self.size.width
+        base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
+        base.query_one(Status).show(run, width - 2)
+        self.plot.show(run, [one for one in runs if one.key in self.pinned])
+        base.query_one(Samples).show(run, self.sample_index())
+        tabs = Text.assemble(view_names(self.view, self.large), "  ", (self.plot.options.describe(), "dim"),
+                             ("  sorted by " + self.sort, "dim"), no_wrap=True, overflow="ellipsis")
+        base.query_one("#tabs", Static).update(tabs)
+        self.refresh_seconds = time.perf_counter() - begun
+
+    def _show_empty(self, base) -> None:
+        places = ", ".join(str(path) for path in self.watch.paths)
+        base.query_one("#empty", Static).update(Text(
+            f"No run in {places} yet.\n\nStart one, for example with\npython examples/05_train_shakespeare_tiny.py\n"
+            "and it appears here; --demo shows made-up runs.", justify="center"))
+
+    def sample_index(self) -> int | None:
+        """The sample of the chosen step or the last one before it."""
+        samples = self.selected.samples
+        if not samples:
+            return None
+        if self.sample_step is None:
+            return len(samples) - 1
+        return max(0, bisect_right([step for step, _ in samples], self.sample_step) - 1)
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.call_after_refresh(self.show)
+
+    def check_action(self, action: str, parameters) -> bool | None:
+        """Under the help, only what ends the program."""
+        return len(self.screen_stack) <= 1 or action in ("quit", "dismiss")
+
+    # ---- runs ------------------------------------------------------------------------------------------------
+
+    def select(self, run: Run) -> None:
+        self.selected = run
+        self.plot.options.cursor = None
+        self.show()
+
+    def action_select(self, change: int) -> None:
+        runs = self.runs()
+        if self.selected in runs:
+            self.select(runs[min(max(runs.index(self.selected) + change, 0), len(runs) - 1)])
+
+    def toggle_pin(self, key: str) -> None:
+        if key in self.pinned:
+            self.pinned.remove(key)
+        else:
+            self.pinned.append(key)
+        self.show()
+
+    def action_pin(self) -> None:
+        if self.selected is not None:
+            self.toggle_pin(self.selected.key)
+
+    def action_unpin(self) -> None:
+        self.pinned.clear()
+        self.show()
+
+    def action_sort(self) -> None:
+        self.sort = after(self.sort, SORTS)
+        self.show()
+
+    def on_run_table_clicked(self, message: RunTable.Clicked) -> None:
+        sorts = {"run": "name", "state": "newest", "best": "best loss"}
+        if message.key is None:
+            self.sort = sorts.get(message.column, self.sort)
+            self.show()
+        elif message.column == "mark":
+            self.toggle_pin(message.key)
+        else:
+            self.select(self.watch.runs[message.key])
+
+    # ---- views -----------------------------------------------------------------------------------------------
+
+    def action_view(self, name: str) -> None:
+        self.view = name
+        self.screen_stack[0].query_one("#views").set_classes(name)
+        self.call_after_refresh(self.show)
+
+    def action_next_view(self) -> None:
+        views = ("both", "curve", "samples") if self.large else ("curve", "samples")
+        view = self.view if self.view in views else "curve"
+        self.action_view(after(view, views))
+
+    def action_zen(self) -> None:
+        self.screen_stack[0].toggle_class("zen")
+        self.call_after_refresh(self.show)
+
+    def action_dark(self) -> None:
+        self.theme = "textual-light" if self.theme == "textual-dark" else "textual-dark"
+
+    def action_help(self) -> None:
+        self.push_screen(Help())
+
+    # ---- curve -----------------------------------------------------------------------------------------------
+
+    def _set(self, **options) -> None:
+        for name, value in options.items():
+            setattr(self.plot.options, name, value)
+        self.show()
+
+    def action_zoom(self, factor: float) -> None:
+        self.plot.zoom(factor)
+        self.show()
+
+    def action_pan(self, fraction: float) -> None:
+        self.plot.pan(fraction)
+        self.show()
+
+    def action_whole(self) -> None:
+        self._set(view=View())
+
+    def action_follow(self) -> None:
+        self._set(view=View(self.plot.options.view.span))
+
+    def action_axis(self) -> None:
+        if self.selected is not None:
+            convert(self.plot.options, self.selected, after(self.plot.options.axis, AXES))
+            self.show()
+
+    def action_log(self) -> None:
+        self._set(log=not self.plot.options.log)
+
+    def action_smooth(self) -> None:
+        self._set(span=after(self.plot.options.span, SPANS))
+
+    def action_lines(self) -> None:
+        self._set(lines=after(self.plot.options.lines, LINES))
+
+    def action_metric(self) -> None:
+        self._set(metric=after(self.plot.options.metric, METRICS))
+
+    def action_cursor(self, cells: int) -> None:
+        self.plot.move_cursor(cells)
+
+    def action_no_cursor(self) -> None:
+        self._set(cursor=None)
+
+    # ---- samples ---------------------------------------------------------------------------------------------
+
+    def _go_to_sample(self, index: int) -> None:
+        samples = self.selected.samples
+        index = min(max(index, 0), len(samples) - 1)
+        self.sample_step = None if index == len(samples) - 1 else samples[index][0]
+        self.show()
+
+    def action_sample(self, change: int) -> None:
+        if self.selected is not None and self.selected.samples:
+            self._go_to_sample(self.sample_index() + change)
+
+    def on_scrub_bar_moved(self, message: ScrubBar.Moved) -> None:
+        if self.selected is not None and self.selected.samples:
+            self._go_to_sample(round(message.fraction * (len(self.selected.samples) - 1)))
+
+    def action_scroll(self, direction: int) -> None:
+        self.screen_stack[0].query_one(Samples).scroll_text(direction)

@@ -1,0 +1,159 @@
+"""What the plot shows of the selected and the pinned runs: from options to a legend and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tools.monitor import text
+from tools.monitor.curve import (
+    Axes,
+    Picture,
+    Row,
+    Series,
+    View,
+    draw,
+    finite,
+    message,
+    smooth,
+    ticks,
+    time_ticks,
+    value_at,
+)
+from tools.monitor.runs import Run
+
+SPANS = (1, 10, 50, 250)  # rows in the moving average
+LINES = ("both", "validation", "training")
+AXES = ("step", "time")
+METRICS = {"loss": "train_loss", "learning rate": "learning_rate", "gradient norm": "grad_norm",
+           "tokens per second": "tokens_per_second"}
+VAL_GLYPH, BEST_GLYPH = "○", "★"
+
+
+@dataclass
+class Options:
+    """How the curve is looked at."""
+
+    view: View = field(default_factory=View)
+    axis: str = "step"
+    log: bool = False
+    span: int = 50
+    lines: str = "both"
+    metric: str = "loss"
+    cursor: float | None = None
+
+    def describe(self) -> str:
+        words = [self.metric]
+        if self.metric == "loss" and self.lines != "both":
+            words.append(f"{self.lines} only")
+        words += [f"by {self.axis}", "log" if self.log else "", f"mean of {self.span}" if self.span > 1 else "raw"]
+        if self.view.span is not None:
+            words.append("zoomed" + (", following" if self.view.end is None else ""))
+        return "  ".join(word for word in words if word)
+
+
+def x_of(run: Run, axis: str) -> np.ndarray:
+    return run.columns["step" if axis == "step" else "elapsed_seconds"]
+
+
+def extent(runs: list[Run], axis: str) -> tuple[float, float]:
+    """The first and the last x of some runs."""
+    ends = []
+    for run in runs:
+        x = x_of(run, axis)
+        if len(x) and not (np.isfinite(x[0]) and np.isfinite(x[-1])):
+            x = x[np.isfinite(x)]
+        if len(x):
+            ends += [float(x[0]), float(x[-1])]
+    return (min(ends), max(ends)) if ends else (0.0, 1.0)
+
+
+def convert(options: Options, run: Run, axis: str) -> None:
+    """Change the x axis; the same part of the run stays in view."""
+    old, new = finite(x_of(run, options.axis), x_of(run, axis))
+    view, options.axis = options.view, axis
+    if not len(old) or view.span is None:
+        options.view, options.cursor = View(), None
+        return
+    x0, x1 = np.interp(view.bounds(float(old[0]), float(old[-1])), old, new).tolist()
+    options.view = View(x1 - x0, None if view.end is None else x1) if x1 > x0 else View()
+    options.cursor = None
+
+
+def picture(run: Run, pinned: list[Run], options: Options, width: int, height: int) -> tuple[Row, Picture]:
+    """A legend and the curves of a run over those of the pinned ones."""
+    others = [other for other in pinned if other is not run]
+    x0, x1 = options.view.bounds(*extent([run, *others], options.axis))
+    if not len(run.columns["step"]) and not others:
+        return [], message("no rows yet", width, height)
+    series = [one for other in others for one in _series(other, options, x0, x1, alone=False, main=False)]
+    series += _series(run, options, x0, x1, alone=not others, main=True)
+    losses = options.metric == "loss"
+    time = options.axis == "time"
+    levels, points = _ln_v(run) if losses else (), _best(run, options) if losses else ()
+    axes = Axes(x0, x1, options.log, text.duration if time else text.compact, time_ticks if time else ticks,
+                levels, points, options.cursor)
+    legend = _read_out(run, others, options) if options.cursor is not None else _legend(run, others, options)
+    return legend, draw(series, axes, width, height)
+
+
+def _series(run: Run, options: Options, x0: float, x1: float, alone: bool, main: bool) -> list[Series]:
+    """The curves of a run. Of a pinned one, only one, with the run's marker on it."""
+    x, made = x_of(run, options.axis), []
+    val = finite(x, run.columns["val_loss"])
+    show_val = options.metric == "loss" and options.lines != "training" and len(val[0]) > 0
+    show_train = options.metric != "loss" or options.lines != "validation"
+    if show_train and (main or not show_val):
+        points = finite(x, run.columns[METRICS[options.metric]])
+        if options.span > 1:
+            if main:
+                made.append(Series(*points, f"{run.colour} dim"))
+            points = smooth(*points, options.span, x0, x1)
+        made.append(Series(*points, run.colour, "" if main else run.marker))
+    if show_val:
+        made.append(Series(*val, "bold" if alone else f"bold {run.colour}", VAL_GLYPH if alone else run.marker))
+    return made
+
+
+def _ln_v(run: Run) -> tuple[tuple[float, str], ...]:
+    """The loss of a model that knows nothing: every token of the vocabulary is as likely."""
+    size = run.summary.vocabulary_size
+    return ((float(np.log(size)), f"ln V = {np.log(size):.2f}"),) if size else ()
+
+
+def _best(run: Run, options: Options) -> tuple[tuple[float, float, str, str], ...]:
+    s = run.summary
+    if s.best_val_loss is None or options.lines == "training":
+        return ()
+    place = int(np.searchsorted(run.columns["step"], s.best_step))
+    x = x_of(run, options.axis)
+    return ((float(x[place]), s.best_val_loss, BEST_GLYPH, "bold"),) if place < len(x) else ()
+
+
+def _legend(run: Run, others: list[Run], options: Options) -> Row:
+    if options.metric != "loss":
+        row: Row = [(f"{run.marker} {run.name}", run.colour)]
+    elif others:
+        row = [("━ training ", run.colour), (f"{run.marker} validation", f"bold {run.colour}")]
+    else:
+        row = [("━ training ", run.colour), (f"{VAL_GLYPH} validation", "bold")]
+    if options.metric == "loss" and run.summary.best_val_loss is not None:
+        row.append((f" {BEST_GLYPH} best {run.summary.best_val_loss:.4f} at {run.summary.best_step:,}", "bold"))
+    return row + [(f"  {other.marker} {text.shorten(other.name, 24)}", other.colour) for other in others]
+
+
+def _read_out(run: Run, others: list[Run], options: Options) -> Row:
+    """The values nearest to the reading line."""
+    at = options.cursor
+    row: Row = [(text.duration(at) if options.axis == "time" else f"step {at:,.0f}", "bold")]
+    for one in [run, *others]:
+        x = x_of(one, options.axis)
+        values = [value_at(*finite(x, one.columns[METRICS[options.metric]]), at)]
+        form = ".4g"
+        if options.metric == "loss":
+            values.append(value_at(*finite(x, one.columns["val_loss"]), at))
+            form = ".4f"
+        words = "  val ".join(text.number(value, form) for value in values)
+        row.append((f"  {one.marker} {'train ' if options.metric == 'loss' else ''}{words}", one.colour))
+    return row

@@ -1,0 +1,288 @@
+"""The parts of the screen."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
+from textual.message import Message
+from textual.screen import ModalScreen
+from textual.widget import Widget
+from textual.widgets import DataTable, Static
+
+from tools.monitor import summary, text
+from tools.monitor.curve import Row, sparkline
+from tools.monitor.keys import GROUPS, MOUSE
+from tools.monitor.picture import Options, extent, picture
+from tools.monitor.runs import Run, Summary
+
+STATE_WORDS = {"early_stopped": "early stop"}
+STATE_STYLES = {"running": "bold green", "failed": "bold red", "crashed": "bold red", "stalled": "bold yellow",
+                "gone": "dim", "waiting": "dim"}
+# key, head, width, sort that a click on the head chooses
+NARROW = (("mark", "", 3, None), ("run", "run", 0, "name"), ("state", "state", 11, "newest"), ("done", "done", 5, None),
+          ("loss", "train", 6, None), ("best", "best", 6, "best loss"), ("rate", "step/s", 6, None))
+WIDE = (*NARROW[:5], ("val", "val", 6, None), *NARROW[5:], ("tokens", "tok/s", 9, None), ("left", "left", 8, None),
+        ("elapsed", "elapsed", 8, None), ("size", "parameters", 13, None))
+
+
+def joined(row: Row) -> Text:
+    """Styled text from pieces; the text is never taken for markup."""
+    return Text.assemble(*[(piece, style) for piece, style in row], no_wrap=True, overflow="ellipsis", end="")
+
+
+class RunTable(DataTable):
+    """The run list. The app says what is selected; the table only shows it and tells of clicks."""
+
+    can_focus = False
+
+    class Clicked(Message):
+        """key: the run that was clicked, None for a column's head."""
+
+        def __init__(self, key: str | None, column: str) -> None:
+            super().__init__()
+            self.key, self.column = key, column
+
+    def __init__(self) -> None:
+        super().__init__(id="runs", cursor_type="row", zebra_stripes=False)
+        self._shown: tuple = ()
+
+    def fill(self, runs: list[Run], selected: Run | None, pinned: set[str], width: int) -> None:
+        """Show the runs in this order."""
+        columns = WIDE if width >= 130 else NARROW
+        layout = (width, tuple(run.key for run in runs))
+        if layout != self._shown:
+            self._shown = layout
+            self.clear(columns=True)
+            taken = sum(column[2] for column in columns) + 2 * len(columns) + 2
+            for key, head, wide, _ in columns:
+                self.add_column(head, width=wide or max(8, width - taken), key=key)
+            for run in runs:
+                self.add_row(*[""] * len(columns), key=run.key)
+        for run in runs:
+            name_width = self.columns["run"].width
+            for key, cell in self._cells(run, run is selected, run.key in pinned, name_width).items():
+                if key in self.columns and self.get_cell(run.key, key) != cell:
+                    self.update_cell(run.key, key, cell)
+        if selected in runs:
+            self.move_cursor(row=runs.index(selected))
+
+    @staticmethod
+    def _cells(run: Run, selected: bool, pinned: bool, name_width: int) -> dict[str, Text]:
+        s = run.summary
+        done = text.compact(s.step) if s.fraction is None and s.step is not None else (
+            text.UNKNOWN if s.fraction is None else f"{int(100 * s.fraction)} %")
+        right = {"done": done, "loss": text.number(s.train_loss)[:6], "val": text.number(s.val_loss)[:6],
+                 "best": text.number(s.best_loss)[:6], "rate": text.rate(s.steps_per_second),
+                 "tokens": text.rate(s.tokens_per_second), "left": text.duration(s.seconds_left),
+                 "elapsed": text.duration(s.elapsed_seconds), "size": text.count(s.parameters)}
+        return {"mark": Text(f"{'›' if selected else ' '}{run.marker}{'P' if pinned else ' '}", run.colour),
+                "run": Text(text.shorten(run.name, name_width), "bold" if selected else ""),
+                "state": Text(STATE_WORDS.get(s.state, s.state), STATE_STYLES.get(s.state, "")),
+                **{key: Text(value, justify="right") for key, value in right.items()}}
+
+    def on_click(self, event: events.Click) -> None:
+        row, column = event.style.meta.get("row"), event.style.meta.get("column")
+        if row is None or column is None or column < 0 or column >= len(self.columns):
+            return
+        key = None if row < 0 else self.ordered_rows[row].key.value
+        self.post_message(self.Clicked(key, self.ordered_columns[column].key.value))
+
+
+class Status(Static):
+    """The numbers of the selected run."""
+
+    def show(self, run: Run, width: int) -> None:
+        s = run.summary
+        head = joined([(f"{run.marker} {text.shorten(s.name, max(10, width - 34))}  ", f"bold {run.colour}"),
+                       (summary.state(s), STATE_STYLES.get(s.state, "bold"))])
+        lines = [head, joined(self._bar(run, s, width)), joined([(summary.losses(s), "")]),
+                 joined([(summary.pace(s), "")]),
+                 joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
+        lines += [joined([(f"! {problem}", "bold yellow")]) for problem in s.problems[:3]]
+        self.update(Text("\n").join(lines))
+
+    @staticmethod
+    def _bar(run: Run, s: Summary, width: int) -> Row:
+        words = f" {summary.progress(s)}  left {text.duration(s.seconds_left)}"
+        if width >= 100:
+            words += f"  elapsed {text.duration(s.elapsed_seconds)}"
+        wide = max(0, width - len(words))
+        full = round((s.fraction or 0.0) * wide)
+        return [("█" * full, run.colour), ("░" * (wide - full), "dim"), (words, "")]
+
+
+class Plot(Widget):
+    """The curve. Options are changed by the app's actions and by the mouse."""
+
+    ALLOW_SELECT = False
+    can_focus = False
+
+    def __init__(self) -> None:
+        super().__init__(id="curve")
+        self.options = Options()
+        self.run: Run | None = None
+        self.pinned: list[Run] = []
+        self._picture = None
+        self._dragged: int | None = None
+
+    def show(self, run: Run | None, pinned: list[Run]) -> None:
+        self.run, self.pinned = run, pinned
+        self.refresh()
+
+    def render(self) -> Text:
+        if self.run is None:
+            return Text("")
+        legend, self._picture = picture(self.run, self.pinned, self.options, self.size.width, self.size.height - 1)
+        head = joined(legend)
+        head.truncate(self.size.width, overflow="ellipsis")
+        return Text("\n", no_wrap=True, end="").join([head, *map(joined, self._picture.rows)])
+
+    def extent(self) -> tuple[float, float]:
+        others = [run for run in self.pinned if run is not self.run]
+        return extent([self.run, *others], self.options.axis) if self.run else (0.0, 1.0)
+
+    def zoom(self, factor: float, at: float | None = None) -> None:
+        self.options.view = self.options.view.zoom(factor, *self.extent(), self.options.cursor if at is None else at)
+        self.refresh()
+
+    def pan(self, fraction: float) -> None:
+        self.options.view = self.options.view.pan(fraction, *self.extent())
+        self.refresh()
+
+    def move_cursor(self, cells: int) -> None:
+        """Move the reading line; the first time, it comes at the right end."""
+        if self._picture is None:
+            return
+        p, at = self._picture, self.options.cursor
+        at = p.x1 if at is None else at + cells * (p.x1 - p.x0) / p.width
+        self.options.cursor = min(max(at, p.x0), p.x1)
+        self.refresh()
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        if self._picture is None:
+            return
+        if self._dragged is not None:
+            self.pan((self._dragged - event.x) / self._picture.width)
+            self._dragged = event.x
+        elif event.x >= self._picture.left:
+            self.options.cursor = self._picture.x_at(event.x)
+            self.refresh()
+
+    def on_leave(self) -> None:
+        self.options.cursor = None
+        self.refresh()
+
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        self._dragged = event.x
+        self.capture_mouse()
+
+    def on_mouse_up(self) -> None:
+        self._dragged = None
+        self.release_mouse()
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        self._wheel(0.8, event)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        self._wheel(1.25, event)
+
+    def _wheel(self, factor: float, event: events.MouseEvent) -> None:
+        event.stop()
+        if self._picture is not None:
+            self.zoom(factor, self._picture.x_at(event.x))
+
+
+class ScrubBar(Static):
+    """Where in the run the sample is."""
+
+    class Moved(Message):
+        def __init__(self, fraction: float) -> None:
+            super().__init__()
+            self.fraction = fraction
+
+    def on_click(self, event: events.Click) -> None:
+        self.post_message(self.Moved(event.x / max(1, self.size.width - 1)))
+
+
+class Samples(Vertical):
+    """A sample of the run, and how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__(id="samples")
+        self._shown: tuple | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="sample_head", markup=False)
+        yield ScrubBar(id="sample_bar", markup=False)
+        with VerticalScroll(id="sample_scroll", can_focus=False):
+            yield Static(id="sample_text", markup=False)
+
+    def show(self, run: Run, index: int | None) -> None:
+        """The sample of that index, None if there is none."""
+        width = max(10, self.size.width - 2)
+        if index is None:
+            shown = (run.key, None)
+            head, bar, body = "no samples yet", "", Text("")
+        else:
+            step, sample = run.samples[index]
+            shown = (run.key, step, sample)
+            newest = "  newest" if index == len(run.samples) - 1 else ""
+            head = f"sample {index + 1} of {len(run.samples)}  step {step:,}{newest}"
+            place = round(index / max(1, len(run.samples) - 1) * (width - 1))
+            bar, body = "─" * place + "●" + "─" * (width - 1 - place), self._body(run, sample)
+        self.query_one("#sample_head", Static).update(Text(head, "bold"))
+        self.query_one("#sample_bar", Static).update(Text(bar, run.colour))
+        if shown != self._shown:
+            self._shown = shown
+            self.query_one("#sample_text", Static).update(body)
+            self.query_one("#sample_scroll").scroll_home(animate=False)
+
+    @staticmethod
+    def _body(run: Run, sample: str) -> Text:
+        body = Text(text.clean(sample))
+        train = run.info.get("train")
+        prompt = train.get("sample_prompt") if isinstance(train, dict) else None
+        if isinstance(prompt, str) and body.plain.startswith(text.clean(prompt)):
+            body.stylize("bold", 0, len(text.clean(prompt)))
+        return body
+
+    def scroll_text(self, direction: int) -> None:
+        scroll = self.query_one("#sample_scroll")
+        scroll.scroll_relative(y=direction * max(1, scroll.size.height - 1), animate=False)
+
+
+class Help(ModalScreen):
+    """Every key, from the key table."""
+
+    BINDINGS = [("escape,q,question_mark,f1", "dismiss", "Close")]  # noqa: RUF012
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="help"):
+            yield Static(self.content(), markup=False)
+
+    @staticmethod
+    def content() -> Text:
+        made = Text("Keys (esc closes this, arrows scroll)\n", "bold")
+        for title, keys in GROUPS:
+            made.append(f"\n{title}\n", "bold underline")
+            for key in keys:
+                made.append(f"  {key.shown:9}", "bold")
+                made.append(f"{key.help}\n", "not bold")
+        made.append("\nMouse\n", "bold underline")
+        for line in MOUSE:
+            made.append(f"  {line}\n", "not bold")
+        return made
+
+
+def view_names(view: str, large: bool) -> Text:
+    """The names of the views, each a button."""
+    made = Text(no_wrap=True)
+    for number, name in enumerate(("curve", "samples"), 1):
+        on = view == name or (view == "both" and (large or name == "curve"))
+        style = Style(bold=on, reverse=on, dim=not on) + Style.from_meta({"@click": f"app.view('{name}')"})
+        made.append(f" {number} {name} ", style)
+        made.append(" ")
+    return made
