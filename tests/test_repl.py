@@ -53,8 +53,8 @@ def completion(voice, prompt, tokens, **how):
 
 
 def test_answers_on_standard_output_are_those_of_generate_and_nothing_else(folder, voice):
-    done = pipe(folder, folder / "run", "--tokens", 40, "--seed", 5, "--temp", 0.9, "--top-k", 50, "--top-p", 0.8, "--null",
-                lines="To be\n\nWhether naïve \n//x\nlast, without a line end")
+    done = pipe(folder, folder / "run", "--tokens", 40, "--seed", 5, "--temp", 0.9, "--top-k", 50, "--top-p", 0.8,
+                "--null", lines="To be\n\nWhether naïve \n//x\nlast, without a line end")
     expected = [completion(voice, prompt, 40, temperature=0.9, top_k=50, top_p=0.8, seed=5)
                 for prompt in ("To be", "Whether naïve ", "/x", "last, without a line end")]
     assert done.stdout == "".join(f"{text}\0" for text in expected).encode()
@@ -78,6 +78,13 @@ def test_compare_in_a_script_answers_from_both(folder, voice):
     expected = [completion(v, "To", 8, temperature=0.0) for v in (voice, Voice(folder / "other.bin"))]
     assert done.stdout.decode() == "".join(f"{text}\0" for text in expected)
     assert expected[0] != expected[1]
+
+
+def test_samples_in_a_script_are_those_of_generate_batch(folder, voice):
+    done = pipe(folder, folder / "run", "--samples", 3, "--tokens", 40, "--seed", 2, "--null", lines="To be\n")
+    ids = voice.tokenizer.encode("To be")
+    batch = voice.model.generate_batch(ids, 3, 40, temperature=0.8, seed=2)
+    assert done.stdout.decode() == "".join(f"{voice.tokenizer.decode(one[len(ids):])}\0" for one in batch)
 
 
 @pytest.mark.parametrize(("arguments", "lines", "words"), [
@@ -242,7 +249,7 @@ def test_history_outlives_the_session_and_lines_can_be_edited(folder):
     second = Session(folder, folder / "run", "--tokens", "2")
     second.send("\x1b[A", r"remember me[\s\S]*" + REPORT)
     second.send("temp\x01/", "temp 0.8\r\n")  # Ctrl+A: to the start of the line
-    second.send("/tokens-o\t To", "1 tokens for 2 bytes")
+    second.send("/tokens-o\tTo", "1 tokens for 2 bytes")
     second.end()
     assert (folder / "state" / "feste" / "repl_history").stat().st_size > 0
 
