@@ -49,7 +49,7 @@ def _print(watch: Watch, json: bool) -> int:
 
 
 def _watch(watch: Watch) -> int:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):  # it draws on standard error
         raise ValueError("the monitor needs a terminal; use --once or --json in a pipe")
     from tools.monitor.app import Monitor  # Textual takes a moment to load, which the summaries do not need
     Monitor(watch).run()

@@ -288,7 +288,8 @@ class Canvas:
         begin, end = int(columns.place[0]), int(columns.place[-1]) + 1
         line = np.interp(np.arange(begin, end), columns.place, self.dot_row(columns.last)).astype(int)
         top, bottom = line, line.copy()
-        top[columns.place - begin], bottom[columns.place - begin] = self.dot_row(columns.high), self.dot_row(columns.low)
+        top[columns.place - begin] = self.dot_row(columns.high)
+        bottom[columns.place - begin] = self.dot_row(columns.low)
         left, right = slice(None, -1), slice(1, None)
         falls, rises = top[right] > bottom[left], bottom[right] < top[left]
         middle = np.where(falls, bottom[left] + top[right], top[left] + bottom[right]) // 2

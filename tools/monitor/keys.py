@@ -32,7 +32,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("s", "s", "sort", "sort the runs: newest, best loss, name", "Sort"),
     )),
     ("Views", (
-        Key("tab", "tab", "next_view", "the next view: curve, samples, or both if there is room", "View", priority=True),
+        Key("tab", "tab", "next_view", "the next view: curve, samples, or both if there is room", "View", True),
         Key("1", "1", "view('curve')", "only the curve"),
         Key("2", "2", "view('samples')", "only the samples"),
         Key("z", "z", "zen", "hide or show the run list and the numbers", "Zen"),
@@ -65,7 +65,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
     ("Program", (
         Key("question_mark,f1", "? f1", "help", "this help", "Help"),
         Key("q", "q", "quit", "quit; training goes on", "Quit"),
-        Key("ctrl+c", "^c", "quit", "quit", priority=True),
+        Key("ctrl+c", "^c", "quit", "quit", "", True),
     )),
 )
 KEYS = tuple(key for _, group in GROUPS for key in group)

@@ -78,7 +78,7 @@ class RunTable(DataTable):
                  "best": text.number(s.best_loss)[:6], "rate": text.rate(s.steps_per_second),
                  "tokens": text.rate(s.tokens_per_second), "left": text.duration(s.seconds_left),
                  "elapsed": text.duration(s.elapsed_seconds), "size": text.count(s.parameters)}
-        return {"mark": Text(f"{'›' if selected else ' '}{run.marker}{'P' if pinned else ' '}", run.colour),
+        return {"mark": Text(f"{'>' if selected else ' '}{run.marker}{'P' if pinned else ' '}", run.colour),
                 "run": Text(text.shorten(run.name, name_width), "bold" if selected else ""),
                 "state": Text(STATE_WORDS.get(s.state, s.state), STATE_STYLES.get(s.state, "")),
                 **{key: Text(value, justify="right") for key, value in right.items()}}
