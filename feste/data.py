@@ -85,7 +85,7 @@ def load_tokens(folder: str | os.PathLike) -> tuple[np.ndarray, BPETokenizer]:
     folder = Path(folder)
     try:
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        tokens = np.memmap(folder / index["file"], dtype=index["dtype"], mode="r")
+        tokens = np.memmap(folder / index["file"], dtype=index["dtype"], mode="r", offset=index.get("offset", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is no finished directory of tokens ({error}); make one with "
                          f"python -m tools.prepare FILE... -o {folder}") from None
