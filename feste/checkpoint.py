@@ -10,6 +10,7 @@ flushed: at every instant the name stands for the old file or the new one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,8 @@ from feste.tokenizer import BPETokenizer
 
 FORMAT_VERSION = 1
 TEMPORARY = ".partial"                   # suffix of a file that is still being written
+SET_ASIDE = ".superseded"                # suffix of a file that the run no longer goes through
+NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 MAX_HEADER_BYTES = 100_000_000           # the limit of the safetensors library
 BLOCK = 1 << 24                          # bytes hashed and written at a time
 
@@ -125,6 +128,8 @@ class Snapshot:
         return digest.hexdigest()
 
 
+REQUIRED = ("feste_format_version", "config", "precision", "seed", "step", "best", "train_config", "trainer_state",
+            "checksum")
 PREFIXES = ("", "optimizer.m.", "optimizer.v.")
 
 
@@ -165,7 +170,8 @@ def _write(paths: list[Path], snapshot: Snapshot) -> None:
         _sync_directory(paths[0].parent)
     except OSError as error:
         for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write the checkpoint {paths[0]}: {error.strerror or error}; earlier ones are "
                               "intact. Free some disk space or choose another directory") from error
 
@@ -192,7 +198,9 @@ def _link_or_copy(source: Path, link: Path, snapshot: Snapshot) -> None:
     """A second name for a whole file; file systems without hard links get a second file."""
     try:
         os.link(source, link)
-    except (PermissionError, NotImplementedError):
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         _write_file(link, snapshot)
 
 
@@ -266,7 +274,35 @@ class CheckpointWriter:
 def retain(directory: Path, keep_last: int) -> None:
     """Delete periodic checkpoints but the last few; best and final stay."""
     for _, path in periodic(directory)[:-keep_last]:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror or error}; make the "
+                                  "directory writable, or raise --keep-last") from error
+
+
+def set_aside_later(directory: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps and those without a readable header; returns their new names.
+
+    A run that goes back to `step` is a new history: a file of the old one must not count as the newest, nor
+    push a new one out of the last few. Nothing is deleted.
+    """
+    moved = []
+    for path in [directory / "checkpoint_final.bin", directory / "checkpoint_best.bin",
+                 *(path for _, path in periodic(directory))]:
+        if path.exists() and _step_in_header(path) > step:
+            moved.append(path.with_name(path.name + SET_ASIDE))
+            os.replace(path, moved[-1])
+    return moved
+
+
+def _step_in_header(path: Path) -> float:
+    """The step a file claims to be of, without reading its tensors; infinity if it cannot be told."""
+    try:
+        with _opened(path) as file, _damage(path, "its metadata"):
+            return _run_state(_read_header(path, file)[0])[0]
+    except CheckpointError:
+        return math.inf
 
 
 def periodic(directory: Path) -> list[tuple[int, Path]]:
@@ -283,9 +319,8 @@ def _read(path: Path, precision: str | None) -> Checkpoint:
         metadata, config, has_optimizer = _read_header(path, file)
         with _damage(path, "its metadata"):
             model = GPT2(config, seed=None, precision=precision or metadata["precision"])
-            model.dropout_seed, step = int(metadata["seed"]), int(metadata["step"])
-            best_val_loss, best_step = json.loads(metadata["best"])
-            train_config, trainer_state = json.loads(metadata["train_config"]), json.loads(metadata["trainer_state"])
+            model.dropout_seed = int(metadata["seed"])
+            step, best_val_loss, best_step, train_config, trainer_state = _run_state(metadata)
             optimizer = _make_optimizer(model, json.loads(metadata["optimizer"])) if has_optimizer else None
         digest = _new_digest(metadata)
         for flat in [model.flat_params] + ([optimizer.m, optimizer.v] if optimizer else []):
@@ -296,8 +331,20 @@ def _read(path: Path, precision: str | None) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     with _damage(path, "its tokenizer"):
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"], str(path)) if "tokenizer" in metadata else None
-    return Checkpoint(model, tokenizer, optimizer, step, math.inf if best_val_loss is None else best_val_loss,
-                      best_step, train_config, trainer_state)
+    return Checkpoint(model, tokenizer, optimizer, step, best_val_loss, best_step, train_config, trainer_state)
+
+
+def _run_state(metadata: Mapping[str, str]) -> tuple[int, float, int, dict | None, dict]:
+    """step, best_val_loss, best_step, train_config, trainer_state; ValueError for a wrong type."""
+    step, (best_val_loss, best_step) = int(metadata["step"]), json.loads(metadata["best"])
+    train_config, trainer_state = json.loads(metadata["train_config"]), json.loads(metadata["trainer_state"])
+    for name, value, kind in (("best_val_loss", best_val_loss, float | int | None), ("best_step", best_step, int),
+                              ("train_config", train_config, dict | None), ("trainer_state", trainer_state, dict)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r:.60}")
+    if step < 0:
+        raise ValueError(f"step is {step}")
+    return step, math.inf if best_val_loss is None else best_val_loss, best_step, train_config, trainer_state
 
 
 def verify(path: Path) -> int:
@@ -309,7 +356,8 @@ def verify(path: Path) -> int:
             digest.update(block)
     if digest.hexdigest() != metadata["checksum"]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
-    return int(metadata["step"])
+    with _damage(path, "its metadata"):
+        return _run_state(metadata)[0]
 
 
 @contextmanager
@@ -335,6 +383,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], Config, bo
     with _damage(path, "its header"):
         entries = json.loads(file.read(length).decode("utf-8"))
         metadata = entries.pop("__metadata__")
+        for key in {*REQUIRED, *metadata}:
+            if not isinstance(metadata.get(key), str):
+                raise ValueError(f"the entry {key!r} is {metadata.get(key)!r:.60}, not a string")
         version = metadata["feste_format_version"]
         if version != str(FORMAT_VERSION):
             raise CheckpointError(f"{path} has format version {version}; this feste reads version {FORMAT_VERSION}")

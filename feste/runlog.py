@@ -14,6 +14,7 @@ import os
 import platform
 import socket
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -47,37 +48,53 @@ class RunLog:
 
     def __init__(self, run_dir: str | os.PathLike, info: dict, resume_step: int | None = None) -> None:
         self.path = Path(run_dir)
-        try:
-            self.path.mkdir(parents=True, exist_ok=resume_step is not None)
-            self._lock = _take_lock(self.path)
-            if resume_step is not None:
-                _drop_rows_after(self.path / LOG_NAME, resume_step)
-            self._file = open(self.path / LOG_NAME, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        except FileExistsError:
-            raise RunLogError(f"{self.path} exists; a run directory is never reused. Choose another --run-dir, "
-                              "or continue that run with --resume") from None
-        except OSError as error:
-            raise self._error(error) from error
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._flushed = time.monotonic()
+        self._lock, self._file, self._flushed = None, None, time.monotonic()
         self.info = info | {
             "state": "running", "reason": None, "pid": os.getpid(), "process_started": _process_start(os.getpid()),
             "host": socket.gethostname(), "started": _now(), "ended": None,
             "python": platform.python_version(), "numpy": np.__version__,
         }
+        try:
+            self._open(resume_step)
+        except BaseException as error:
+            self._release()
+            if isinstance(error, FileExistsError):
+                raise RunLogError(f"{self.path} exists; a run directory is never reused. Choose another --run-dir, "
+                                  "or continue that run with --resume") from None
+            if isinstance(error, OSError):
+                raise self.error(error) from error
+            raise
+
+    def _open(self, resume_step: int | None) -> None:
+        self.path.mkdir(parents=True, exist_ok=resume_step is not None)
+        self._lock = _take_lock(self.path)
+        if resume_step is not None:
+            _drop_rows_after(self.path / LOG_NAME, resume_step)
+        self._file = open(self.path / LOG_NAME, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        self._writer = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
             self._write(COLUMNS)
         self._write_info()
         self.flush()
 
+    def _release(self) -> None:
+        """Let go of the log and the lock, whatever state they are in."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is not None and self.info["state"] == "running":
+        if error is None:
+            self.close("finished")
+            return
+        with suppress(RunLogError):  # the first error says what went wrong
             self.close("failed", f"{kind.__name__}: {error}")
-        else:
-            self.close(self.info["state"] if self.info["state"] != "running" else "finished")
 
     def log(self, record: dict) -> None:
         """Append one row; a column that is missing or None stays empty."""
@@ -90,13 +107,13 @@ class RunLog:
         try:
             self._writer.writerow(row)
         except OSError as error:
-            raise self._error(error) from error
+            raise self.error(error) from error
 
     def flush(self) -> None:
         try:
             self._file.flush()
         except OSError as error:
-            raise self._error(error) from error
+            raise self.error(error) from error
         self._flushed = time.monotonic()
 
     def update(self, **fields) -> None:
@@ -106,15 +123,21 @@ class RunLog:
 
     def close(self, state: str, reason: str | None = None) -> None:
         """End the run with one of END_STATES. Closing twice changes nothing."""
-        if self._file.closed:
+        if self._lock is None:
             return
+        failure = None
+        try:
+            self._file.close()
+        except OSError as error:
+            failure = self.error(error)
+            state, reason = "failed", str(failure)
         self.info |= {"state": state, "reason": reason, "ended": _now()}
         try:
-            self.flush()
-            self._file.close()
             self._write_info()
         finally:
-            os.close(self._lock)
+            self._release()
+        if failure is not None:
+            raise failure
 
     def _write_info(self) -> None:
         """Replace run.json as a whole."""
@@ -126,9 +149,12 @@ class RunLog:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path / INFO_NAME)
         except OSError as error:
-            raise self._error(error) from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self.error(error) from error
 
-    def _error(self, error: OSError) -> RunLogError:
+    def error(self, error: OSError) -> RunLogError:
+        """An error of the file system as one line that names the directory and the remedy."""
         if isinstance(error, RunLogError):
             return error
         return RunLogError(f"cannot write the run directory {self.path}: {error.strerror or error}; free some disk "
@@ -160,12 +186,16 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows up to a step; the file is replaced as a whole. A torn last row is dropped too."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8", newline="") as file:
+    # A row may be torn within a character: bytes that are not UTF-8 go through unchanged.
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         text = file.read()
-    rows = list(csv.reader(io.StringIO(text)))
+    try:
+        rows = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise RunLogError(f"{path} is damaged ({error}); rename it, and the resumed run begins a new one") from error
     kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
         file.flush()
         os.fsync(file.fileno())

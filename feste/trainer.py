@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from feste import ops
-from feste.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, remove_partial
+from feste.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, remove_partial, set_aside_later
 from feste.config import TrainConfig
 from feste.data import Batches, require_window, split_tokens, validation_windows
 from feste.model import GPT2
@@ -66,8 +67,8 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, num
 
     settings are the other fields of TrainConfig. With run_dir, the run is logged and checkpointed there (see
     runlog and checkpoint); info is added to its run.json. on_step is called with the record of every step.
-    resume continues a run from its checkpoint, in its directory, to the bit. Without resume, an optimizer may be
-    handed over to go on with its moments as a new run.
+    resume continues a run from its checkpoint to the bit; if it is a path, run_dir defaults to the directory of
+    that run. Without resume, an optimizer may be handed over to go on with its moments as a new run.
 
     Raises ValueError for data or settings that do not fit, before anything is written, and TrainingDiverged.
     """
@@ -78,7 +79,12 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, num
         optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     run = _Run(model, tokenizer, optimizer, tokens, config)
     if resume is not None:
-        run.restore(resume if isinstance(resume, Checkpoint) else Checkpoint.load(find_checkpoint(resume)[0]))
+        if not isinstance(resume, Checkpoint):
+            path, passed_over = find_checkpoint(resume)
+            for line in passed_over:
+                warnings.warn(f"passed over: {line}", stacklevel=2)
+            resume, run_dir = Checkpoint.load(path), path.parent if run_dir is None else run_dir
+        run.restore(resume)
     ops.set_num_threads(config.threads)
     if run_dir is None:
         with _StopSignals() as stop:
@@ -191,13 +197,13 @@ class _Run:
                 if self.step % self.config.sample_interval == 0 or last:
                     record["sample"] = self._sample()
                 files.log(record)
-                if on_step is not None:
-                    on_step(record)
-                if stop.signal is not None:
-                    state = "interrupted"
-                elif self.step - self.best_step >= self.config.patience and "val_loss" in record:
+                if self.step - self.best_step >= self.config.patience and "val_loss" in record:
                     state = "early_stopped"
+                elif stop.signal is not None and not last:
+                    state = "interrupted"
                 files.save_if_due("val_loss" in record, state, last)
+                if on_step is not None:  # after the save: a display whose terminal is gone must not prevent it
+                    on_step(record)
             return files.close(self._result(state, stop.signal))
         except BaseException:
             files.abandon()
@@ -281,9 +287,15 @@ class _Files:
     def __init__(self, log: RunLog, run: _Run) -> None:
         self._log, self._run = log, run
         self._writer = CheckpointWriter(run.config.keep_last)
-        remove_partial(log.path)
-        if not (log.path / "tokenizer.json").exists():
-            run.tokenizer.save(log.path / "tokenizer.json")
+        try:
+            remove_partial(log.path)
+            for path in set_aside_later(log.path, run.step):
+                warnings.warn(f"the run goes on at step {run.step + 1}; a checkpoint of a later step is now {path}",
+                              stacklevel=3)
+            if not (log.path / "tokenizer.json").exists():
+                run.tokenizer.save(log.path / "tokenizer.json")
+        except OSError as error:
+            raise log.error(error) from error
 
     def log(self, record: dict) -> None:
         self._log.log(record)
@@ -292,7 +304,7 @@ class _Files:
         """Every name that is due at this step stands for one and the same file."""
         run, names = self._run, []
         over = last or state == "early_stopped"
-        if run.step % run.config.checkpoint_interval == 0 or (state == "interrupted" and not over):
+        if run.step % run.config.checkpoint_interval == 0 or state == "interrupted":
             names.append(f"checkpoint_step_{run.step}.bin")
         if over:
             names.append("checkpoint_final.bin")
@@ -318,6 +330,7 @@ class _Files:
     def abandon(self) -> None:
         """The loop has raised: let a save under way finish. That error matters more than one of the writer."""
         self._writer.settle()
+        self._log.info |= {"step": self._run.step, "skipped_steps": self._run.skipped}
 
 
 def _finite(value: float) -> float | None:
@@ -325,9 +338,10 @@ def _finite(value: float) -> float | None:
 
 
 class _StopSignals:
-    """The first SIGINT or SIGTERM asks for a stop at the end of the step; the second quits at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop at the end of the step; the second quits at once.
 
-    Only the main thread can be told of signals; elsewhere this does nothing.
+    A SIGHUP that nohup has set to be ignored stays ignored. Only the main thread can be told of signals;
+    elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
@@ -336,8 +350,9 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error) -> None:

@@ -15,7 +15,7 @@ TRANSPOSES = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}
 def measure(contender: str, seconds: float = 0.15, sizes: tuple[str, ...] = SIZES) -> dict:
     """contender: feste-fp32, feste-bf16, numpy, torch-fp32 or torch-bf16. GFLOP/s, or ns for each element.
 
-    gemm and attention are checked against NumPy before they are timed.
+    feste's products are checked against NumPy before they are timed.
     """
     library, _, precision = contender.partition("-")
     bench = {"feste": _Feste, "numpy": _NumPy, "torch": _Torch}[library](precision)
@@ -23,15 +23,14 @@ def measure(contender: str, seconds: float = 0.15, sizes: tuple[str, ...] = SIZE
     for size in sizes:
         for name, M, N, K in gemm_shapes(size):
             for form in TRANSPOSES:
-                call = bench.gemm(M, N, K, *TRANSPOSES[form])
-                if call is not None:
-                    result[f"{size} {name} {form} {M}x{N}x{K}"] = 2.0 * M * N * K / seconds_per_call(call, seconds) / 1e9
+                rate = 2.0 * M * N * K / seconds_per_call(bench.gemm(M, N, K, *TRANSPOSES[form]), seconds)
+                result[f"{size} {name} {form} {M}x{N}x{K}"] = rate / 1e9
         c = model_config(size)
         calls = bench.attention(SEQUENCES, c.block_size, c.n_heads, c.head_size)
         if calls is not None:
             pairs = SEQUENCES * c.n_heads * c.block_size * (c.block_size + 1) / 2
-            result[f"{size} attention fwd+bwd ms"] = 1e3 * seconds_per_call(calls, seconds)
-            result[f"{size} attention GFLOP/s"] = 12 * pairs * c.head_size / result[f"{size} attention fwd+bwd ms"] / 1e6
+            rate = 12 * pairs * c.head_size / seconds_per_call(calls, seconds)
+            result[f"{size} attention forward + backward"] = rate / 1e9
     for name, call, n in bench.elementwise():
         result[f"{name} ns/element"] = 1e9 * seconds_per_call(call, seconds) / n
     if library == "feste":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +16,7 @@ from feste.corpus import shakespeare_text
 from tools.bench.worker import peak_memory_bytes
 
 VOCAB_SIZES = (512, 1536, 20534)
+ENDINGS = [a + b for a in "aeioubcdst" for b in "aeiournslt"][:97]
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -127,14 +130,13 @@ def measure_growth(sizes: tuple[int, ...] = (125_000, 250_000, 500_000, 1_000_00
 def varied_text(megabytes: int) -> Iterator[str]:
     """The corpus again and again; in each copy every word of four letters and more gets one of 97 endings, which
     depends on the word and the copy, so that distinct words grow with the text as they do in a large corpus."""
-    import re
     text, made, copy = shakespeare_text(), 0, 0
     while made < megabytes * 1_000_000:
         copy += 1
 
         def vary(match, copy=copy):
             word = match.group()
-            return word + "abcdefghijklmnopqrstuvwxyz"[(hash(word) ^ copy) % 26] if (len(word) * copy) % 3 == 0 else word
+            return f"{word}{ENDINGS[(zlib.crc32(word.encode()) ^ copy) % 97]}"
         piece = text if copy == 1 else re.sub(r"[A-Za-z]{4,}", vary, text)
         made += len(piece)
         yield piece

@@ -1,0 +1,285 @@
+"""The command line of the benchmarks: one function for each discipline."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from feste import ops
+from tools.bench import report
+from tools.bench.contest import Figure, alternate, figures, ratios
+from tools.bench.profile import profile
+from tools.bench.sizes import SIZES
+
+PRECISIONS = ("fp32", "bf16")
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses of the first steps, in nats
+ACCUMULATION = {"gpt2": 4}                # as in the presets: mini-batches are what keeps memory small
+
+
+def quiet(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def steps(args) -> dict:
+    """Whole optimizer steps of 8 sequences, beside PyTorch eager and compiled."""
+    report.headline("optimizer steps of 8 sequences a second: median (range)")
+    rows, tables = [], []
+    for size in args.sizes:
+        for precision in args.precisions:
+            contenders = {name: {"size": size, "contender": name, "precision": precision, "seconds": args.seconds}
+                          for name in ("feste", *args.peers)}
+            contenders["feste"]["accumulation"] = ACCUMULATION.get(size, 1)
+            results, missing = alternate("steps", contenders, args.rounds, quiet)
+            verify_losses(results, TOLERANCE[precision])
+            rows.append(steps_row(size, precision, results, missing))
+            tables.append(steps_cells(rows[-1], results))
+    report.show(["model", "precision", "feste", "PyTorch eager", "PyTorch compile", "ratio to the best", "of peak"],
+                tables)
+    for size in args.sizes:
+        best = best_of_any_precision([row for row in rows if row["size"] == size])
+        if best:
+            report.console.print(best, highlight=False)
+    if args.plot:
+        report.chart(args.plot, rows)
+    return {"steps": rows}
+
+
+def verify_losses(results: dict[str, list[dict]], tolerance: float) -> None:
+    """All contenders start from the same weights and see the same batch, so they must report the same losses."""
+    ours = results["feste"][0]["losses"]
+    for name, rounds in results.items():
+        for theirs in rounds:
+            worst = max(abs(a - b) for a, b in zip(ours, theirs["losses"], strict=True))
+            if worst > tolerance:
+                raise SystemExit(f"{name} computes something else: losses {theirs['losses']} against {ours}")
+
+
+def steps_row(size: str, precision: str, results: dict, missing: dict) -> dict:
+    measured = figures(results, "steps_per_second")
+    peers = {name: measured[name] for name in ("eager", "compile") if name in measured}
+    best = max(peers, key=lambda name: peers[name].median, default=None)
+    ratio = ratios(results, "steps_per_second", "feste", best) if best else None
+    return {"size": size, "precision": precision, "best_peer": best, "missing": missing,
+            "median": {name: figure.median for name, figure in measured.items()},
+            "values": {name: figure.values for name, figure in measured.items()},
+            "ratio": ratio.values if ratio else None,
+            "share_of_peak": [result["share_of_peak"] for result in results["feste"]]}
+
+
+def steps_cells(row: dict, results: dict) -> list[str]:
+    shown = {name: str(Figure(values)) for name, values in row["values"].items()}
+    share = Figure(row["share_of_peak"])
+    return [row["size"], row["precision"], shown["feste"], shown.get("eager", "-"), shown.get("compile", "-"),
+            str(Figure(row["ratio"])) if row["ratio"] else "-", f"{share.median:.0%}"]
+
+
+def best_of_any_precision(rows: list[dict]) -> str | None:
+    ours = max(row["median"]["feste"] for row in rows)
+    theirs = [value for row in rows for name, value in row["median"].items() if name != "feste"]
+    if not theirs or len(rows) < 2:
+        return None
+    return f"{rows[0]['size']}: best feste {ours:.3g} / best PyTorch {max(theirs):.3g} = {ours / max(theirs):.2f}"
+
+
+def generation(args) -> dict:
+    """Tokens a second, beside transformers' generate."""
+    report.headline("generated tokens a second, one sample: median (range)")
+    data, table = {}, []
+    for size in args.sizes:
+        for precision in args.precisions:
+            common = {"size": size, "precision": precision, "seconds": args.seconds}
+            contenders = {name: common | {"contender": name} for name in ("feste", "transformers")}
+            results, _ = alternate("generation", contenders, args.rounds, quiet)
+            measured = figures(results, "tokens_per_second")
+            ratio = str(ratios(results, "tokens_per_second", "feste", "transformers")) if len(measured) == 2 else "-"
+            table.append([size, precision, str(measured["feste"]), str(measured.get("transformers", "-")), ratio])
+            data[f"{size} {precision}"] = {name: figure.values for name, figure in measured.items()}
+    report.show(["model", "precision", "feste", "transformers", "ratio"], table)
+    return {"generation": data}
+
+
+def by_key(results: dict[str, list[dict]], keys: list[str]) -> dict[str, dict[str, list[float]]]:
+    """key -> contender -> its values, for the contenders that have the key."""
+    return {key: {name: [r[key] for r in rounds] for name, rounds in results.items() if key in rounds[0]}
+            for key in keys}
+
+
+def kernels(args) -> dict:
+    """Single operations, beside NumPy's BLAS and PyTorch."""
+    report.headline("GFLOP/s (ns/element where marked): medians")
+    names = ("feste-fp32", "numpy", "torch-fp32", "feste-bf16", "torch-bf16")
+    contenders = {name: {"contender": name, "seconds": args.seconds / 10, "sizes": args.sizes} for name in names}
+    results, _ = alternate("kernels", contenders, args.rounds, quiet)
+    keys = list(dict.fromkeys(key for rounds in results.values() for key in rounds[0]))
+    data = by_key(results, keys)
+    report.show(["operation", *results], [[key, *(f"{Figure(data[key][name]).median:.3g}" if name in data[key] else "-"
+                                                   for name in results)] for key in keys])
+    return {"kernels": data}
+
+
+def tokenizer(args) -> dict:
+    """Training, encoding and decoding the whole corpus, beside Hugging Face, rustbpe and tiktoken."""
+    report.headline("tokenizer on the whole corpus: medians")
+    contenders = {name: {"contender": name} for name in ("feste", "rustbpe", "tiktoken", "huggingface")}
+    results, _ = alternate("tokenizer", contenders, args.rounds, quiet)
+    digests = {rounds[0]["digest"] for rounds in results.values() if "digest" in rounds[0]}
+    if len(digests) > 1:
+        raise SystemExit(f"the contenders' token ids differ: {digests}")
+    keys = [key for key in results["feste"][0] if key != "digest"]
+    data = by_key(results, keys)
+    report.show(["", *results], [[key, *(str(Figure(data[key][name])) if name in data[key] else "-"
+                                         for name in results)] for key in keys])
+    return {"tokenizer": data}
+
+
+def growth(args) -> dict:
+    """Time to encode texts that are hard for an encoder, against their length."""
+    report.headline("encoding, ns for each byte, by length in bytes; constant is linear time")
+    results, _ = alternate("tokenizer_growth", {"feste": {}}, 1, quiet)
+    cells = results["feste"][0]
+    sizes = sorted({int(key.rpartition(" ")[2]) for key in cells})
+    kinds = list(dict.fromkeys(key.rpartition(" ")[0] for key in cells))
+    report.show(["text", *map(str, sizes)], [[kind, *(f"{cells[f'{kind} {size}']:.3g}" for size in sizes)]
+                                             for kind in kinds])
+    if args.plot:
+        growth_chart(args.plot, cells, kinds, sizes)
+    return {"growth": cells}
+
+
+def growth_chart(path: str, cells: dict, kinds: list[str], sizes: list[int]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for kind in kinds:
+        axes.loglog(sizes, [cells[f"{kind} {size}"] * size / 1e6 for size in sizes], marker="o", label=kind)
+    axes.set_xlabel("bytes")
+    axes.set_ylabel("milliseconds to encode")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def stream(args) -> dict:
+    """Tokenizer training on 500 MB of varied text that is never whole in memory."""
+    report.headline("training V = 32,768 on a stream of varied text")
+    results, _ = alternate("tokenizer_stream", {"feste": {"megabytes": args.megabytes}}, 1, quiet)
+    r = results["feste"][0]
+    report.console.print(f"{r['megabytes']} MB: {r['seconds']:.1f} s, peak memory beyond the text "
+                         f"{r['peak_bytes_beyond_text'] / 1e6:,.0f} MB", highlight=False)
+    return {"stream": r}
+
+
+def memory(args) -> dict:
+    """Peak resident memory of training steps of 8 sequences."""
+    report.headline("peak resident memory of training steps of 8 sequences, MB")
+    data, table = {}, []
+    for size in args.sizes:
+        for precision in args.precisions:
+            common = {"size": size, "precision": precision}
+            contenders = {"feste": common | {"contender": "feste", "accumulation": ACCUMULATION.get(size, 1)},
+                          "eager": common | {"contender": "eager"}}
+            results, _ = alternate("memory", contenders, 1, quiet)
+            data[f"{size} {precision}"] = {name: rounds[0]["peak_bytes"] for name, rounds in results.items()}
+            table.append([size, precision, *(f"{data[f'{size} {precision}'].get(name, 0) / 1e6:,.0f}"
+                                             for name in contenders)])
+    report.show(["model", "precision", "feste", "PyTorch eager"], table)
+    return {"memory": data}
+
+
+def length(args) -> dict:
+    """Time and memory of the medium model, one sequence of growing length."""
+    report.headline("medium model, one sequence: length scaling")
+    lengths, table, data = (256, 512, 1024, 2048, 4096), [], {}
+    for T in lengths:
+        results, _ = alternate("steps", {"feste": {"size": "medium", "contender": "feste", "precision": "fp32",
+                                                   "block_size": T, "sequences": 1, "seconds": args.seconds}},
+                               args.rounds, quiet)
+        rate = figures(results, "steps_per_second")["feste"]
+        data[T] = {"steps_per_second": rate.values, "peak_bytes": results["feste"][0]["peak_bytes"]}
+        table.append([str(T), f"{1e6 / rate.median / T:.1f}", f"{data[T]['peak_bytes'] / 1e6:,.0f}"])
+    report.show(["T", "us a token", "peak MB"], table)
+    return {"length": data}
+
+
+def threads(args) -> dict:
+    """What each thread brings."""
+    report.headline("steps a second by threads: median (range)")
+    counts, data, table = list(range(1, ops.get_num_threads() + 1)), {}, []
+    for size in args.sizes:
+        common = {"size": size, "contender": "feste", "precision": "fp32", "seconds": args.seconds,
+                  "accumulation": ACCUMULATION.get(size, 1)}
+        results, _ = alternate("steps", {str(n): common | {"threads": n} for n in counts}, args.rounds, quiet)
+        measured = figures(results, "steps_per_second")
+        gain = ratios(results, "steps_per_second", str(counts[-1]), "1")
+        data[size] = {name: figure.values for name, figure in measured.items()}
+        table.append([size, *(str(measured[str(n)]) for n in counts), str(gain)])
+    report.show(["model", *map(str, counts), "gain"], table)
+    return {"threads": data}
+
+
+def where(args) -> dict:
+    """Where the time of a step goes."""
+    for size in args.sizes:
+        for precision in args.precisions:
+            print(profile(size, precision, {"tiny": 200, "small": 40, "medium": 8, "gpt2": 1}[size]))
+    return {}
+
+
+def monitor(args) -> dict:
+    """How quickly the monitor shows a long run."""
+    from tools.bench.monitor import measure
+    report.headline("monitor on a run of a million rows")
+    result = measure()
+    for name, value in result.items():
+        report.console.print(f"{name:40} {value:.3g}", highlight=False)
+    return {"monitor": result}
+
+
+DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads,
+                                       where, monitor)}
+
+
+def short(args) -> dict:
+    """The form of `make bench`, under 5 minutes."""
+    args.rounds, args.seconds = 3, 1.0
+    results = steps(with_sizes(args, "tiny", "small", "medium", peers=("eager",)))
+    results |= generation(with_sizes(args, "tiny", "medium"))
+    args.rounds = 1
+    return results | tokenizer(args)
+
+
+def long(args) -> dict:
+    """Everything, with PyTorch compiled and the GPT-2 size: about an hour."""
+    results = {}
+    for discipline in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads, where, monitor):
+        results |= discipline(args)
+    return results
+
+
+def with_sizes(args, *sizes: str, peers: tuple[str, ...] | None = None):
+    return argparse.Namespace(**(vars(args) | {"sizes": sizes, "peers": peers or args.peers}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("discipline", choices=[*DISCIPLINES, "short", "long"],
+                        help="; ".join(f"{name}: {f.__doc__}" for name, f in DISCIPLINES.items()))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="models (default: all four)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
+                        help="forms of PyTorch to compare the steps with")
+    parser.add_argument("--rounds", type=int, default=3, help="alternations")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement of a round")
+    parser.add_argument("--megabytes", type=int, default=500, help="text of the stream discipline")
+    parser.add_argument("--json", metavar="FILE", help="write all values here")
+    parser.add_argument("--plot", metavar="FILE", help="draw the comparison here (steps, growth)")
+    args = parser.parse_args()
+    results = {"short": short, "long": long}.get(args.discipline, DISCIPLINES.get(args.discipline))(args)
+    if args.json:
+        report.write_json(args.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
