@@ -41,7 +41,8 @@ def show(title: str, name: str, outputs: list[np.ndarray], arguments: tuple, flo
     error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(outputs, exact, strict=True))
     fast = best_time(lambda: kernel(*outputs, *arguments))
     rate = f"{flops / fast / 1e9:5.0f} GFLOP/s, {flops / fast / PEAK:4.0%} of peak" if flops else ""
-    print(f"{title}\n    {name:24} {1e3 * fast:8.3f} ms   NumPy {1e3 * slow:9.2f} ms   differs by {error:.1e}   {rate}\n")
+    print(f"{title}\n    {name:24} {1e3 * fast:8.3f} ms   NumPy {1e3 * slow:9.2f} ms   differs by {error:.1e}   "
+          f"{rate}\n")
 
 
 def empty(*shapes: tuple[int, ...]) -> list[np.ndarray]:
