@@ -62,7 +62,7 @@ def guarded(action) -> int:
         print(f"error: training diverged at {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 

@@ -35,8 +35,11 @@ class Columns:
 
 
 def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points whose two coordinates are numbers, with x made ascending (a clock may have been set back)."""
-    keep = np.isfinite(x) & np.isfinite(y)
+    """The points whose two coordinates are numbers, with x made ascending (a clock may have been set back).
+
+    Numbers beyond 1e300 count as infinite, so that differences of any two are finite.
+    """
+    keep = (np.abs(x) < 1e300) & (np.abs(y) < 1e300)
     if not keep.all():
         x, y = x[keep], y[keep]
     return np.maximum.accumulate(x) if len(x) else x, y
@@ -381,7 +384,7 @@ def _frame(canvas: Canvas, axes: Axes, limits: tuple[float, float]) -> Picture:
 
 
 def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[int, str]:
-    most = max(2, canvas.height // 3)
+    most = max(3, canvas.height // 3)
     if log:
         values = ticks(10.0 ** limits[0], 10.0 ** limits[1], most) if limits[1] - limits[0] < 1.5 else [
             10.0 ** power for power in ticks(*limits, most)]
@@ -394,7 +397,9 @@ def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[in
 
 def _label(value: float, step: float) -> str:
     """A value with as many decimals as tell it from its neighbours."""
+    if step <= 0:
+        return f"{value:.4g}"
     if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
         return f"{value:.2e}"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 3
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{min(decimals, 6)}f}"

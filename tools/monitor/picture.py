@@ -38,7 +38,7 @@ class Options:
     view: View = field(default_factory=View)
     axis: str = "step"
     log: bool = False
-    span: int = 50
+    span: int = 10
     lines: str = "both"
     metric: str = "loss"
     cursor: float | None = None

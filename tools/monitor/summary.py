@@ -26,10 +26,10 @@ def state(s: Summary) -> str:
 
 def losses(s: Summary) -> str:
     """Current and best losses with their perplexities, in one line."""
-    parts = [f"train {text.number(s.train_loss)} (ppl {text.perplexity(s.train_perplexity)})",
-             f"val {text.number(s.val_loss)} (ppl {text.perplexity(s.val_perplexity)})"]
+    parts = [f"train {text.number(s.train_loss)} ppl {text.perplexity(s.train_perplexity)}",
+             f"val {text.number(s.val_loss)} ppl {text.perplexity(s.val_perplexity)}"]
     if s.best_val_loss is not None:
-        parts.append(f"best {text.number(s.best_val_loss)} (ppl {text.perplexity(s.best_val_perplexity)}) "
+        parts.append(f"best {text.number(s.best_val_loss)} ppl {text.perplexity(s.best_val_perplexity)} "
                      f"at {text.count(s.best_step)}")
     return "  ".join(parts)
 

@@ -47,7 +47,9 @@ def number(value: float | None, form: str = ".4f") -> str:
 def perplexity(value: float | None) -> str:
     if value is None or math.isnan(value):
         return UNKNOWN
-    return f"{value:,.4g}" if value < 1e4 else f"{value:.2e}"
+    if value < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
 
 
 def count(value: float | None) -> str:

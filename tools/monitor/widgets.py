@@ -58,7 +58,7 @@ class RunTable(DataTable):
             self.clear(columns=True)
             taken = sum(column[2] for column in columns) + 2 * len(columns) + 2
             for key, head, wide, _ in columns:
-                self.add_column(head, width=wide or max(8, width - taken), key=key)
+                self.add_column(head, width=wide or min(max(8, width - taken), 60), key=key)
             for run in runs:
                 self.add_row(*[""] * len(columns), key=run.key)
         for run in runs:
@@ -102,7 +102,7 @@ class Status(Static):
                  joined([(summary.pace(s), "")]),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
         lines += [joined([(f"! {problem}", "bold yellow")]) for problem in s.problems[:3]]
-        self.update(Text("\n").join(lines))
+        self.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines))
 
     @staticmethod
     def _bar(run: Run, s: Summary, width: int) -> Row:

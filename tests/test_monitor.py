@@ -1,0 +1,656 @@
+"""The monitor: every key, the mouse, every fault of the files, and the drawing, which is pure functions."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from feste import runlog
+from feste.runlog import COLUMNS, INFO_NAME, LOG_NAME
+from tools.monitor import curve, summary, text
+from tools.monitor.__main__ import main
+from tools.monitor.app import POLL_SECONDS, Monitor
+from tools.monitor.curve import Axes, Series, View
+from tools.monitor.keys import KEYS
+from tools.monitor.runs import Watch, in_order
+from tools.monitor.widgets import Help
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- runs to look at ---------------------------------------------------------------------------------------
+
+
+def rows(n: int, first: int = 1, loss: float = 6.0) -> list[dict]:
+    """A loss that falls, a validation every 5 steps and a sample every 10."""
+    made = []
+    for step in range(first, first + n):
+        row = {"step": step, "timestamp": f"{step}.000", "elapsed_seconds": 0.5 * step, "learning_rate": 3e-4,
+               "train_loss": loss / step ** 0.3, "train_perplexity": 2.0, "grad_norm": 1.5, "tokens_per_second": 4096.0}
+        if step % 5 == 0:
+            row["val_loss"] = loss / step ** 0.3 + 0.1
+        if step % 10 == 0:
+            row["sample"] = f"To be sample of step {step}\n" + "line\n" * 60
+        made.append(row)
+    return made
+
+
+def csv_rows(records: list[dict], header=COLUMNS) -> list[list[str]]:
+    return [[runlog._cell(r.get(name)) for name in header] for r in records]
+
+
+def make_run(path: Path, records: list[dict], info: dict | None = None, header=COLUMNS) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOG_NAME, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *csv_rows(records, header)])
+    if info is not None:
+        (path / INFO_NAME).write_text(json.dumps(info))
+    return path
+
+
+def info(state: str = "running", **more) -> dict:
+    return {"state": state, "host": "elsewhere", "planned_steps": 400, "started": "2026-01-01T00:00:00+00:00",
+            "model": {"vocab_size": 512}, "train": {"sample_prompt": "To be"}, "parameters": 169_728} | more
+
+
+def append(path: Path, records: list[dict]) -> None:
+    with open(path / LOG_NAME, "a", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(csv_rows(records))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three runs; in the order newest they are live, middle, old, by best loss middle, live, old."""
+    make_run(tmp_path / "live", rows(100), info(started="2026-01-03"))
+    make_run(tmp_path / "middle", rows(60, loss=3.0), info("finished", planned_steps=60, started="2026-01-02"))
+    make_run(tmp_path / "old", rows(60, loss=9.0), info("failed", reason="TrainingDiverged: [red]no[/red]"))
+    return tmp_path
+
+
+# ---- the app in a test -------------------------------------------------------------------------------------
+
+
+def screen_text(app: Monitor) -> str:
+    svg = app.export_screenshot()
+    lines: dict[float, list[tuple[float, str]]] = {}
+    for x, y, words in re.findall(r'<text class="[^"]*-r\d+" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
+        lines.setdefault(float(y), []).append((float(x), html.unescape(words).replace("\xa0", " ")))
+    return "\n".join("".join(words for _, words in sorted(lines[y])) for y in sorted(lines))
+
+
+async def until(pilot, condition) -> None:
+    """Wait for what the polling thread brings."""
+    for _ in range(200):
+        await pilot.pause(0.02)
+        if condition():
+            return
+    raise AssertionError(f"it did not come about; the screen shows\n{screen_text(pilot.app)}")
+
+
+class Shown:
+    """A monitor of some paths, once it has read them."""
+
+    def __init__(self, *paths: Path, size=(80, 24), ready=None) -> None:
+        self.app = Monitor(Watch(list(paths)))
+        self._context = self.app.run_test(size=size)
+        self._ready = ready or (lambda: self.app.selected is not None)
+
+    async def __aenter__(self):
+        self.pilot = await self._context.__aenter__()
+        await until(self.pilot, self._ready)
+        await self.pilot.pause()
+        return self.app, self.pilot
+
+    async def __aexit__(self, *error) -> None:
+        await self._context.__aexit__(*error)
+
+
+def state_of(app: Monitor) -> dict:
+    options = app.plot.options
+    base = app.screen_stack[0]
+    return {"selected": app.selected.name, "pinned": tuple(Path(key).name for key in app.pinned), "sort": app.sort,
+            "view": app.view, "zen": base.has_class("zen"), "theme": app.theme, "span": options.view.span,
+            "end": options.view.end, "axis": options.axis, "log": options.log, "smooth": options.span,
+            "lines": options.lines, "metric": options.metric, "cursor": options.cursor, "sample": app.sample_step,
+            "scroll": base.query_one("#sample_scroll").scroll_y, "help": isinstance(app.screen, Help),
+            "over": not app.is_running or app._exit}
+
+
+# key: (keys before it, what it changes). A value of ... is any other value than before.
+EFFECTS = {
+    "up": (["down", "down"], {"selected": "middle"}), "k": (["down"], {"selected": "live"}),
+    "down": ([], {"selected": "middle"}), "j": (["j"], {"selected": "old"}),
+    "space": (["down"], {"pinned": ("middle",)}), "u": (["space", "down", "space"], {"pinned": ()}),
+    "s": ([], {"sort": "best loss"}),
+    "tab": ([], {"view": "samples"}), "1": (["2"], {"view": "curve"}), "2": ([], {"view": "samples"}),
+    "z": ([], {"zen": True}), "d": ([], {"theme": "textual-light"}),
+    "plus": ([], {"span": 49.5}), "equals_sign": (["plus"], {"span": 24.75}), "minus": (["plus"], {"span": None}),
+    "left": (["plus"], {"end": 87.625}), "h": (["plus", "left"], {"end": 75.25}),
+    "right": (["plus", "left", "left"], {"end": 87.625}),
+    "0": (["plus", "left"], {"span": None, "end": None}), "home": (["plus"], {"span": None}),
+    "f": (["plus", "left"], {"end": None}), "end": (["plus", "left"], {"end": None}),
+    "x": ([], {"axis": "time"}), "l": ([], {"log": True}), "e": ([], {"smooth": 50}),
+    "w": ([], {"lines": "validation"}), "m": ([], {"metric": "learning rate"}),
+    "comma": (["comma"], {"cursor": ...}), "full_stop": (["comma", "comma", "comma"], {"cursor": ...}),
+    "escape": (["comma"], {"cursor": None}),
+    "left_square_bracket": ([], {"sample": 90}),
+    "right_square_bracket": (["left_square_bracket"] * 3, {"sample": 80}),
+    "left_curly_bracket": ([], {"sample": 10}), "right_curly_bracket": (["left_square_bracket"], {"sample": None}),
+    "pagedown": (["2"], {"scroll": ...}), "pageup": (["2", "pagedown"], {"scroll": 0}),
+    "question_mark": ([], {"help": True}), "f1": ([], {"help": True}),
+    "q": ([], {"over": True}), "ctrl+c": ([], {"over": True}),
+}
+
+
+def test_every_key_has_a_test():
+    assert sorted(EFFECTS) == sorted(key for one in KEYS for key in one.keys.split(","))
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+async def test_key(folder, key):
+    """A key changes what it should and nothing else."""
+    before_keys, expected = EFFECTS[key]
+    async with Shown(folder) as (app, pilot):
+        await pilot.press(*before_keys)
+        await pilot.pause()
+        before = state_of(app)
+        await pilot.press(key)
+        await pilot.pause()
+        after = state_of(app)
+        for name, value in expected.items():
+            assert after[name] != before[name], name
+            assert value is ... or after[name] == value, name
+        assert {name: after[name] for name in after if name not in expected} == {
+            name: before[name] for name in before if name not in expected}
+
+
+async def test_cycles_come_round(folder):
+    async with Shown(folder, size=(160, 48)) as (app, pilot):
+        before = state_of(app)
+        for key, times in (("s", 3), ("tab", 3), ("x", 2), ("l", 2), ("e", 4), ("w", 3), ("m", 4), ("z", 2), ("d", 2)):
+            seen = set()
+            for _ in range(times):
+                await pilot.press(key)
+                seen.add(str(state_of(app)))
+            assert len(seen) == times, key
+            assert state_of(app) == before, key
+
+
+@pytest.mark.parametrize("key", ["escape", "q", "question_mark", "f1"])
+async def test_help_shows_every_key_and_closes(folder, key):
+    async with Shown(folder, size=(100, 60)) as (app, pilot):
+        await pilot.press("question_mark")
+        await until(pilot, lambda: "Samples" in screen_text(app))
+        shown = screen_text(app)
+        for one in KEYS:
+            assert f"{one.shown:9}{one.help}" in shown
+        before = state_of(app)
+        await pilot.press("tab", "s", "down")  # they do not reach what is below
+        assert state_of(app) == before
+        await pilot.press(key)
+        assert not isinstance(app.screen, Help) and app.is_running
+
+
+async def test_keys_without_any_run(tmp_path):
+    keys = [key for key in EFFECTS if key not in ("q", "ctrl+c", "question_mark", "f1")]
+    app = Monitor(Watch([tmp_path]))
+    async with app.run_test() as pilot:
+        await pilot.press(*keys)
+        await until(pilot, lambda: "No run in" in screen_text(app))
+        assert app.is_running
+
+
+# ---- the mouse ---------------------------------------------------------------------------------------------
+
+
+async def test_mouse_on_the_run_list(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.click("#runs", offset=(10, 3))
+        assert state_of(app)["selected"] == "old"
+        await pilot.click("#runs", offset=(2, 2))
+        assert state_of(app)["pinned"] == ("middle",) and state_of(app)["selected"] == "old"
+        best = screen_text(app).splitlines()[0].index("best")
+        await pilot.click("#runs", offset=(best + 1, 0))
+        assert app.sort == "best loss"
+        await until(pilot, lambda: "middle" in screen_text(app).splitlines()[1])
+
+
+async def test_mouse_on_the_curve(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.hover("#curve", offset=(45, 5))
+        assert app.plot.options.cursor == pytest.approx(50, abs=1)
+        await until(pilot, lambda: re.search(r"step (49|50|51)  ● train \d", screen_text(app)))
+        app.plot._wheel(0.5, type("Event", (), {"x": 45, "stop": lambda self: None})())
+        low, high = app.plot.options.view.bounds(1, 100)
+        assert high - low == pytest.approx(49.5) and low < 50 < high
+        await pilot.mouse_down("#curve", offset=(40, 5))
+        await pilot.hover("#curve", offset=(60, 5))
+        await pilot.mouse_up("#curve", offset=(60, 5))
+        assert app.plot.options.view.bounds(1, 100)[0] < low
+        moved = app.plot.options.view
+        await pilot.hover("#curve", offset=(20, 5))  # the button is up
+        assert app.plot.options.view == moved
+
+
+async def test_mouse_on_tabs_footer_and_scrub_bar(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.click("#tabs", offset=(14, 0))
+        assert app.view == "samples"
+        await pilot.pause()
+        await pilot.click("#sample_bar", offset=(1, 0))
+        assert app.sample_step == 10
+        await until(pilot, lambda: "sample 1 of 10  step 10" in screen_text(app))
+        sort = screen_text(app).splitlines()[-1].index("Sort")
+        await pilot.click("Footer", offset=(sort + 1, 0))
+        assert app.sort == "best loss"
+
+
+# ---- what is on the screen ---------------------------------------------------------------------------------
+
+SHOWN = ["live  running", "step 100 / 400 (25.0 %)", "left 2m 30s", "train 1.5071 ppl 4.51", "val 1.6071 ppl 4.99",
+         "best 1.6071 ppl 4.99 at 100", "2 steps/s", "4,096 tok/s", "lr 0.0003", "grad norm 1.5", "loss █", "ln V = 6.24",
+         "best 1.6071 at 100", ">●", "★", "○", "100 %"]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
+async def test_everything_is_on_the_screen(folder, size):
+    async with Shown(folder, size=size) as (app, pilot):
+        await until(pilot, lambda: "★" in screen_text(app))
+        shown = screen_text(app)
+        for words in SHOWN:
+            assert words in shown, words
+        assert ("To be sample of step 100" in shown) == (size[0] == 200)
+        await pilot.press("2")
+        await until(pilot, lambda: "To be sample of step 100" in screen_text(app))
+        assert "sample 10 of 10  step 100  newest" in screen_text(app)
+
+
+@pytest.mark.parametrize("size", [(20, 5), (40, 10), (81, 3), (300, 100)])
+async def test_odd_sizes(folder, size):
+    async with Shown(folder, size=size) as (app, pilot):
+        await pilot.press("space", "down", "tab", "z", "question_mark", "escape")
+        await pilot.resize_terminal(80, 24)
+        await until(pilot, lambda: app.size.width == 80)
+        assert app.is_running
+
+
+async def test_pinned_run_stays_while_another_is_selected(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.press("down", "space", "up")
+        await until(pilot, lambda: "■ middle" in screen_text(app).splitlines()[-12])
+        assert "■P" in screen_text(app)
+        plot = "\n".join(screen_text(app).splitlines()[-12:])
+        assert plot.count("■") > 2 and plot.count("●") > 2  # told apart without colour
+        await pilot.press("u")
+        await until(pilot, lambda: "■ middle" not in screen_text(app).splitlines()[-12])
+
+
+async def test_new_rows_come_to_the_screen(folder):
+    assert POLL_SECONDS <= 0.5
+    async with Shown(folder) as (app, pilot):
+        append(folder / "live", rows(20, first=101))
+        await until(pilot, lambda: "step 120 / 400" in screen_text(app))
+        await pilot.press("2")
+        await until(pilot, lambda: "sample 12 of 12  step 120" in screen_text(app))
+
+
+async def test_scrubbing_stays_at_its_step(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.press("2", "[")
+        append(folder / "live", rows(20, first=101))
+        await until(pilot, lambda: "sample 9 of 12  step 90" in screen_text(app))
+        await pilot.press("down")  # another run at the same step, or the last one before it
+        await until(pilot, lambda: "sample 6 of 6  step 60" in screen_text(app))
+
+
+async def test_time_axis_keeps_the_part_in_view(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.press("plus", "left", "x")
+        view = app.plot.options.view
+        assert view.end == pytest.approx(87.625 / 2) and view.span == pytest.approx(49.5 / 2)
+        await until(pilot, lambda: "30s" in screen_text(app).splitlines()[-2])
+
+
+async def test_mean_of_many_runs_keeps_colours(folder):
+    async with Shown(folder) as (app, pilot):
+        colours = {run.name: (run.colour, run.marker) for run in app.runs()}
+        assert len(set(colours.values())) == 3
+        make_run(folder / "a_new_one", rows(5), info())
+        await until(pilot, lambda: len(app.runs()) == 4)
+        await pilot.press("s")
+        assert {run.name: (run.colour, run.marker) for run in app.runs()}.items() >= colours.items()
+
+
+# ---- faults ------------------------------------------------------------------------------------------------
+
+
+async def test_partial_last_line(tmp_path):
+    run = make_run(tmp_path / "run", rows(20), info())
+    whole = (run / LOG_NAME).read_bytes()
+    (run / LOG_NAME).write_bytes(whole[:-700])  # in the quotes of the last sample
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "step 19 / 400" in screen_text(app))
+        (run / LOG_NAME).write_bytes(whole)
+        await until(pilot, lambda: "step 20 / 400" in screen_text(app))
+        assert app.selected.summary.problems == ()
+
+
+async def test_truncated(tmp_path):
+    run = make_run(tmp_path / "run", rows(50), info())
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "step 50 / 400" in screen_text(app))
+        await pilot.press("plus", "left", "comma", "[")  # looking at what goes away
+        make_run(run, rows(8))
+        await until(pilot, lambda: "step 8 / 400" in screen_text(app))
+        make_run(run, [])
+        await until(pilot, lambda: "no rows yet" in screen_text(app))
+        (run / LOG_NAME).write_bytes(b"")
+        append(run, [])
+        await pilot.pause(0.1)
+        make_run(run, rows(9))
+        await until(pilot, lambda: "step 9 / 400" in screen_text(app))
+
+
+async def test_replaced(tmp_path):
+    run = make_run(tmp_path / "run", rows(50), info())
+    other = make_run(tmp_path / "hidden" / "other", rows(70, loss=12.0))
+    async with Shown(run) as (app, pilot):
+        await until(pilot, lambda: "step 50 / 400" in screen_text(app))
+        os.replace(other / LOG_NAME, run / LOG_NAME)
+        await until(pilot, lambda: "step 70 / 400" in screen_text(app))
+        assert app.selected.columns["train_loss"][0] == 12.0
+
+
+async def test_resumed(tmp_path):
+    run = make_run(tmp_path / "run", rows(50), info("interrupted", reason="SIGINT"))
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "interrupted: SIGINT" in screen_text(app))
+        append(run, rows(30, first=41))
+        (run / INFO_NAME).write_text(json.dumps(info()))
+        await until(pilot, lambda: "step 70 / 400" in screen_text(app) and "run  running" in screen_text(app))
+        np.testing.assert_array_equal(app.selected.columns["step"], np.arange(1, 71))
+
+
+@pytest.mark.parametrize("missing", [name for name in COLUMNS if name not in ("timestamp", "step")])
+async def test_missing_column(tmp_path, missing):
+    make_run(tmp_path / "run", rows(30), info(), [name for name in COLUMNS if name != missing])
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: f"! the log has no column {missing}" in screen_text(app))
+        await pilot.press("x", "m", "m", "m", "m", "2", "[", "tab")
+        await until(pilot, lambda: "step 30 / 400" in screen_text(app))
+
+
+@pytest.mark.parametrize("content", [b"name,age\nann,3\nbob,4\n", b"step,loss\n1,2\n2,3\n", b"\x00\xff" * 500 + b"\n",
+                                     b"", b"\n\n", b'"' * 999, b"step,train_loss\n1,x\n2,y\n"])
+async def test_foreign_csv(tmp_path, content):
+    run = make_run(tmp_path / "run", [])
+    (run / LOG_NAME).write_bytes(content)
+    async with Shown(tmp_path) as (app, pilot):
+        await pilot.press("space", "x", "l", "m", "2", "[", "comma")
+        await until(pilot, lambda: "unknown" in screen_text(app))
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", json.dumps({"state": ["x"], "planned_steps": "many", "started": 3, "model": 7, "train": [], "host": {}}),
+    json.dumps({"state": "running", "planned_steps": -5, "parameters": 1e99, "model": {"vocab_size": 0}, "pid": "x"}),
+    json.dumps({"state": "failed", "reason": {"a": ["\x1b[2J"]}, "planned_steps": 10**30, "train": {"sample_prompt": 5}})])
+async def test_foreign_info(tmp_path, content):
+    run = make_run(tmp_path / "run", rows(30))
+    (run / INFO_NAME).write_text(content)
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "step 30" in screen_text(app))
+        assert app.selected.summary.state in ("unknown", "running", "failed")
+        json.loads(summary.as_json(app.runs()))
+
+
+async def test_directory_that_appears_later(tmp_path):
+    app = Monitor(Watch([tmp_path / "data"]))
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: "No run in" in screen_text(app))
+        (tmp_path / "data" / "run").mkdir(parents=True)
+        (tmp_path / "data" / "run" / INFO_NAME).write_text(json.dumps(info()))
+        await until(pilot, lambda: "run  running" in screen_text(app))
+        make_run(tmp_path / "data" / "run", rows(7))
+        await until(pilot, lambda: "step 7 / 400" in screen_text(app))
+
+
+async def test_directory_that_vanishes_and_returns(tmp_path):
+    run = make_run(tmp_path / "data" / "run", rows(30), info())
+    async with Shown(tmp_path / "data") as (app, pilot):
+        shutil.rmtree(tmp_path / "data")
+        await until(pilot, lambda: "run  gone" in screen_text(app))
+        await pilot.press("space", "x", "2", "[", "1", "plus", "comma")
+        assert "step 30" in screen_text(app)
+        make_run(run, rows(12), info())
+        await until(pilot, lambda: "step 12 / 400" in screen_text(app) and "run  running" in screen_text(app))
+
+
+EVIL = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\x1bPq#0\x1b\\e\x00\x08\x7ff\u202eg\x1b[?1049hh [red]i[/red] \udc80j"
+
+
+async def test_terminal_escapes(tmp_path):
+    """In samples, names and reasons; and brackets are not markup."""
+    record = rows(1)[0] | {"sample": EVIL.replace("\udc80", "")}
+    make_run(tmp_path / "run\x1b[2J[bold]x", [record], info("failed", reason=EVIL, train={"sample_prompt": EVIL}))
+    async with Shown(tmp_path, size=(200, 50)) as (app, pilot):
+        await until(pilot, lambda: "abcdefgh [red]i[/red] " in screen_text(app))
+        shown = screen_text(app)
+        assert "failed: abcdefgh [red]i[/red] j" in shown and "run[bold]x" in shown
+        assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in shown if c != "\n")
+        assert "\x1b" not in summary.as_text(app.runs())
+
+
+async def test_nan_and_inf(tmp_path):
+    records = rows(60)
+    for row, value in zip(records[20:26], [math.nan, math.inf, -math.inf, 1e308, -1e308, math.nan], strict=True):
+        row |= {"train_loss": value, "val_loss": value, "grad_norm": value, "elapsed_seconds": value,
+                "tokens_per_second": value, "learning_rate": value}
+    make_run(tmp_path / "run", [*records[:-1], records[-1] | {"train_loss": math.nan}], info())
+    make_run(tmp_path / "nothing", [row | {"train_loss": math.nan, "elapsed_seconds": math.nan} for row in rows(4)])
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "! the loss is not finite in 5 rows, last at step 60" in screen_text(app))
+        for key in ("l", "x", "l", "m", "m", "m", "m", "e", "plus", "comma", "comma", "down", "0", "x", "space", "up"):
+            await pilot.press(key)
+            await pilot.pause()
+        assert "train nan" in screen_text(app)
+        json.loads(summary.as_json(app.runs()), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+async def test_crashed_and_stalled(tmp_path):
+    host = {"host": os.uname().nodename, "pid": os.getpid()}
+    make_run(tmp_path / "crashed", rows(30), info(process_started=1, **host))
+    make_run(tmp_path / "stalled", rows(30), info())
+    os.utime(tmp_path / "stalled" / LOG_NAME, (1, 1))
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: {run.name: run.summary.state for run in app.runs()} == {
+            "crashed": "crashed", "stalled": "stalled"})
+        stalled = next(run for run in app.runs() if run.name == "stalled").summary
+        assert stalled.steps_per_second is None and stalled.seconds_left is None
+
+
+async def test_loss_spike(tmp_path):
+    make_run(tmp_path / "run", [*rows(99), rows(1, first=100)[0] | {"train_loss": 5.0}], info())
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: "! loss spike: 5, the median of recent rows is" in screen_text(app))
+
+
+def test_reading_changes_nothing(folder):
+    def contents():
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    before = contents()
+    Watch([folder]).read()
+    assert contents() == before
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def test_once(folder, capsys):
+    assert main([str(folder), "--once"]) == 0
+    printed = capsys.readouterr().out
+    assert "live  running\n  step 100 / 400 (25.0 %)  elapsed 50s  left 2m 30s\n" in printed
+    assert "failed: TrainingDiverged: [red]no[/red]" in printed and "train 1.5071 ppl 4.51" in printed
+
+
+def test_json(folder, capsys):
+    assert main([str(folder / "live"), str(folder / "old" / LOG_NAME), "--json"]) == 0
+    live, old = json.loads(capsys.readouterr().out)
+    assert live["name"] == "live" and live["best_step"] == 100 and live["seconds_left"] == pytest.approx(150)
+    assert old["state"] == "failed" and old["step"] == 60
+
+
+@pytest.mark.parametrize("arguments", [["nowhere", "--once"], ["{}/file.csv"], ["{}"]])
+def test_errors_are_one_line(tmp_path, arguments, capsys):
+    (tmp_path / "file.csv").write_text("a,b\n")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_demo(capsys):
+    assert main(["--demo", "--json"]) == 0
+    states = {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out)}
+    assert states == {"demo_medium": "running", "demo_small": "finished", "demo_hot_learning_rate": "failed",
+                      "demo_killed": "crashed"}
+
+
+def test_only_the_run_log_is_imported():
+    code = "import sys, tools.monitor.app; print([m for m in sys.modules if m.startswith('feste.')])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['feste.runlog']"
+
+
+def test_sorting(folder):
+    runs = Watch([folder]).read()
+    assert [run.name for run in in_order(runs, "newest")] == ["live", "middle", "old"]
+    assert [run.name for run in in_order(runs, "best loss")] == ["middle", "live", "old"]
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------
+
+values = hnp.arrays(float, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32))
+
+
+@given(values, st.integers(2, 60))
+def test_decimation_loses_no_extreme(y, columns):
+    x = np.arange(len(y), dtype=float)
+    reduced = curve.decimate(x, y, 0.0, len(y) - 1.0, columns)
+    assert reduced.low.min() == y.min() and reduced.high.max() == y.max()
+    assert reduced.last[-1] == y[-1] and len(reduced.place) == min(columns, len(np.unique(reduced.place)))
+    assert (np.diff(reduced.place) > 0).all() and reduced.place[-1] < columns
+
+
+def test_decimation_by_hand():
+    reduced = curve.decimate(np.arange(6.0), np.array([5, 1, 2, 9, 4, 3.0]), 1.0, 5.0, 2)
+    assert reduced.place.tolist() == [0, 1]
+    assert reduced.low.tolist() == [1, 3] and reduced.high.tolist() == [2, 9] and reduced.last.tolist() == [2, 3]
+
+
+@given(values, st.floats(1, 100))
+def test_ema_is_a_weighted_mean(y, span):
+    """Against its definition: weights (1 - 1/span)^age, divided by their sum."""
+    keep = 1 - 1 / span
+    last = len(y) - 1
+    weights = keep ** (last - np.arange(len(y)))
+    expected = (weights * y).sum() / weights.sum()
+    assert curve.ema(y, span)[-1] == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_smoothing_of_many_rows_is_that_of_all():
+    y = np.random.default_rng(1).normal(size=40_000).cumsum() / 100
+    x = np.arange(len(y), dtype=float)
+    sx, sy = curve.smooth(x, y, 250, 20_000, 40_000)
+    assert len(sx) <= curve.POOL_LIMIT and sx[0] >= 20_000
+    np.testing.assert_allclose(sy, curve.ema(y, 250)[sx.astype(int)], atol=0.03)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(1, 12))
+def test_ticks_are_round_and_in_range(low, width, most):
+    made = curve.ticks(low, low + width, most)
+    assert len(made) <= most
+    assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in made)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(allow_nan=True), st.floats(allow_nan=True)), max_size=40),
+       st.integers(0, 60), st.integers(0, 20), st.booleans())
+def test_draw_takes_any_numbers_and_fills_its_size(points, width, height, log):
+    x, y = (np.array([point[i] for point in points], float) for i in (0, 1))
+    fx, fy = curve.finite(x, y)
+    low, high = (float(fx[0]), float(fx[-1])) if len(fx) else (0.0, 1.0)
+    axes = Axes(low, high, log, text.compact, levels=((3.0, "three"),), points=((low, 1.0, "★", ""),), cursor=low)
+    picture = curve.draw([Series(fx, fy, "", "○")], axes, width, height)
+    assert [sum(len(words) for words, _ in row) for row in picture.rows] == [width] * height
+
+
+def test_draw_by_hand():
+    """A falling line: the dots go from the top left to the bottom right."""
+    x = np.arange(20.0)
+    lines = str(curve.draw([Series(x, 20 - x, "")], Axes(0, 19, x_text=text.compact), 30, 7)).split("\n")
+    plot = [line[10:] for line in lines[:5]]
+    starts = [min((i for i, c in enumerate(line) if c != " "), default=None) for line in plot]
+    assert starts == sorted(starts) and starts[0] == 0 and plot[4][-1] != " "
+    assert "└" in lines[5] and lines[6].split()[0] == "0"
+
+
+def test_spikes_do_not_flatten_the_curve():
+    y = np.linspace(3, 2, 400)
+    y[200] = 1e6
+    picture = curve.draw([Series(np.arange(400.0), y, "")], Axes(0, 399, x_text=text.compact), 80, 20)
+    assert picture.y1 < 10
+
+
+@given(st.lists(st.one_of(st.tuples(st.just("zoom"), st.floats(0.01, 100), st.one_of(st.none(), st.floats(0, 100))),
+                          st.tuples(st.just("pan"), st.floats(-3, 3)))))
+def test_view_stays_in_the_run(moves):
+    view = View()
+    for name, value, *at in moves:
+        view = view.zoom(value, 0.0, 100.0, *at) if name == "zoom" else view.pan(value, 0.0, 100.0)
+        x0, x1 = view.bounds(0.0, 100.0)
+        assert -1e-6 <= x0 < x1 <= 100 + 1e-6
+
+
+def test_zoom_holds_the_place_under_the_pointer():
+    view = View().zoom(0.5, 0.0, 100.0, 30.0)
+    assert view.bounds(0.0, 100.0) == (15.0, 65.0)
+    assert View(20.0).bounds(0.0, 100.0) == (80.0, 100.0) and View(20.0).bounds(0.0, 200.0) == (180.0, 200.0)
+
+
+def test_sparkline():
+    assert curve.sparkline(np.array([8.0, 4.0, 0.0]), 3) == "█▅▁"
+    assert curve.sparkline(np.array([math.nan, 1.0]), 5) == "▁"
+    assert curve.sparkline(np.array([]), 5) == ""
+    assert len(curve.sparkline(np.arange(1e5), 70)) == 70
+
+
+@given(st.text())
+def test_clean_leaves_nothing_a_terminal_acts_on(words):
+    cleaned = text.clean(words)
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in cleaned if c != "\n")
+
+
+def test_clean_keeps_text():
+    assert text.clean("a\r\nb\tc ümlaut 火 'x'") == "a\nb    c ümlaut 火 'x'"
+    assert text.clean("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x1b[1;31mred\x1b[0m") == "link red"
+    assert text.clean("\x1b]never ended") == "never ended"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.5, "0.5s"), (59.7, "1m 00s"), (61, "1m 01s"), (3600, "1h 00m"),
+                                                (90_000, "1d 01h"), (math.nan, "-"), (None, "-")])
+def test_duration(seconds, words):
+    assert text.duration(seconds) == words
