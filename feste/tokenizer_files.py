@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,18 +71,26 @@ def from_huggingface(cls: type[BPETokenizer], text: str, source: str) -> BPEToke
     if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("content"), str)
                                               and isinstance(token.get("id"), int) for token in added):
         raise TokenizerError(f"{source}: added_tokens is not a list of tokens")
+    for option in ("lstrip", "rstrip", "single_word"):
+        if any(token.get(option) for token in added):
+            raise TokenizerError(f"{source}: an added token sets {option}, which feste does not support")
     return _build(cls, model.get("vocab"), [_split_merge(merge, source) for merge in merges],
                   {token["content"]: token["id"] for token in added}, source)
 
 
 def _refuse_unsupported(data: dict, model: dict, source: str) -> None:
     pre = data.get("pre_tokenizer")
-    if not isinstance(pre, dict) or pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") \
-            or not pre.get("use_regex", True):
+    if not isinstance(pre, dict) or pre.get("type") != "ByteLevel" \
+            or pre.get("add_prefix_space") is not False or not pre.get("use_regex", True):
         raise TokenizerError(f"{source} splits words by {pre!r:.80}; feste reads ByteLevel with GPT-2's pattern "
                              "and no prefix space")
-    if data.get("normalizer") is not None:
-        raise TokenizerError(f"{source} has a normalizer, which feste does not apply")
+    for part in ("normalizer", "truncation", "padding"):
+        if data.get(part) is not None:
+            raise TokenizerError(f"{source} has a {part}, which feste does not apply")
+    for part in ("decoder", "post_processor"):
+        kind = data.get(part)
+        if kind is not None and not (isinstance(kind, dict) and kind.get("type") == "ByteLevel"):
+            raise TokenizerError(f"{source} has the {part} {kind!r:.80}; feste reads ByteLevel")
     for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
                    "ignore_merges"):
         if model.get(option):
@@ -115,6 +124,8 @@ def _build(cls: type[BPETokenizer], vocab, merges: list[tuple[str, str]], specia
     ids = [*ordinary.values(), *special.values()]
     if not all(type(i) is int for i in ids) or sorted(ids) != list(range(size)):
         raise TokenizerError(f"{source}: the ids of {size} tokens are not 0 .. {size - 1}, each once")
+    if "" in ordinary or "" in special:
+        raise TokenizerError(f"{source}: a token is empty")
     tokens: list[bytes] = [b""] * size
     try:
         for token, i in ordinary.items():
@@ -129,6 +140,11 @@ def _build(cls: type[BPETokenizer], vocab, merges: list[tuple[str, str]], specia
         raise TokenizerError(f"{source}: a special token has a lone surrogate") from None
     if len(set(tokens)) != size:
         raise TokenizerError(f"{source}: two ids stand for the same token")
+    return _made(cls, tokens, pairs, special, source)
+
+
+def _made(cls: type[BPETokenizer], tokens: list[bytes], pairs: list[tuple[int, int]], special: dict[str, int],
+          source: str) -> BPETokenizer:
     try:
         return cls(tokens, np.array(pairs, np.int32).reshape(-1, 2), special)
     except TokenizerError as error:
@@ -153,28 +169,45 @@ def from_tiktoken(cls: type[BPETokenizer], text: str, source: str) -> BPETokeniz
     ordered = [tokens[rank] for rank in range(len(tokens))]
     if len(set(ordered)) != len(ordered):
         raise TokenizerError(f"{source}: two ranks stand for the same token")
-    return cls(ordered, np.array(_recover_merges(ordered, source), np.int32).reshape(-1, 2))
+    return _made(cls, ordered, _recover_merges(ordered, source), {}, source)
 
 
 def _recover_merges(tokens: list[bytes], source: str) -> list[tuple[int, int]]:
     """The pair each token was merged from: what its bytes come to by the merges of lower rank."""
-    rank = {token: i for i, token in enumerate(tokens)}
-    merges = []
+    id_of_byte = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
+    if len(id_of_byte) != 256:
+        raise TokenizerError(f"{source} lacks the bytes {sorted(set(range(256)) - set(id_of_byte))[:8]}; "
+                             "a byte-level tokenizer has all 256")
+    made: dict[tuple[int, int], int] = {}
     for i, token in enumerate(tokens):
         if len(token) == 1:
             continue
-        parts = [token[j:j + 1] for j in range(len(token))]
-        while len(parts) > 2:
-            candidates = [rank.get(a + b, i) for a, b in pairwise(parts)]
-            lowest = min(candidates)
-            if lowest >= i:
-                break
-            at = candidates.index(lowest)
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) != 2 or parts[0] not in rank or parts[1] not in rank:
+        parts = _merge([id_of_byte[byte] for byte in token], made)
+        if len(parts) != 2:
             raise TokenizerError(f"{source}: token {i}, {token!r:.60}, is no merge of two tokens of lower rank")
-        merges.append((rank[parts[0]], rank[parts[1]]))
-    return merges
+        made[parts[0], parts[1]] = i
+    return list(made)
+
+
+def _merge(symbols: list[int], made: dict[tuple[int, int], int]) -> list[int]:
+    """Merge the pair of lowest rank, the leftmost of equals, until there is none. Through a heap, so that a file of
+    very long tokens takes no more than n log n."""
+    left, right = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
+    heap = [(made[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in made]
+    heapify(heap)
+    while heap:
+        new, at = heappop(heap)
+        behind = right[at]
+        if behind < 0 or made.get((symbols[at], symbols[behind])) != new:
+            continue  # an earlier merge has changed this place
+        symbols[at], symbols[behind], right[at] = new, -1, right[behind]
+        if right[at] >= 0:
+            left[right[at]] = at
+        for start in (left[at], at):
+            pair = (symbols[start], symbols[right[start]]) if start >= 0 and right[start] >= 0 else None
+            if pair in made:
+                heappush(heap, (made[pair], start))
+    return [symbol for symbol in symbols if symbol >= 0]
 
 
 def write_tiktoken(tokenizer: BPETokenizer, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 
 import pytest
 import tokenizers as hf
@@ -103,7 +104,8 @@ def refused(path, *parts, merges=None):
     with pytest.raises(TokenizerError) as caught:
         BPETokenizer.load(path, merges)
     message = str(caught.value)
-    assert str(path) in message and all(part in message for part in parts), message
+    assert str(path) in message or str(merges) in message, message
+    assert all(part in message for part in parts), message
     assert len(message) < 400 + len(str(path)) and "\n" not in message, message
 
 
@@ -157,7 +159,7 @@ WRONG = {
     "a vocabulary that is a list": (model(vocab=["a"]), "vocabulary"),
     "an id twice": (vocab(lambda v: v.update(a=v["b"])), "each once"),
     "a missing id": (vocab(lambda v: v.pop("a")), "each once"),
-    "a missing byte": (lambda data: data.update(added_tokens=[], model=data["model"] | {"vocab": {"a": 0}, "merges": []}),
+    "a missing byte": (lambda data: (data.update(added_tokens=[]), data["model"].update(vocab={"a": 0}, merges=[])),
                        "lacks the bytes"),
     "a negative id": (vocab(lambda v: v.update(a=-1)), "each once"),
     "an id beyond all": (vocab(lambda v: v.update(a=10**30)), "each once"),
@@ -175,7 +177,6 @@ WRONG = {
     "a special token with half a character": (added(content="\ud800"), "surrogate"),
     "a special token that strips": (added(lstrip=True), "lstrip"),
     "a special token of single words": (added(single_word=True), "single_word"),
-    "a special token like an ordinary one": (added(content=chr(0xE9) * 2), "same token"),
 }
 
 
@@ -183,11 +184,6 @@ WRONG = {
 def test_refuses_a_tokenizer_json_with(tokenizer, tmp_path, name):
     change, *parts = WRONG[name]
     data = json.loads(tokenizer.to_json())
-    if "like an ordinary one" in name:
-        two = next(token for token in data["model"]["vocab"] if len(token) == 2 and token.isascii())
-        change = added(content=two)
-        data["model"]["vocab"].pop(two)  # the bytes of `two` as an ordinary token under another name cannot be
-        data["model"]["vocab"][two] = 328
     change(data)
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(data))
@@ -226,7 +222,6 @@ def test_a_huge_file_is_not_read(tmp_path):
 
 def test_flipped_bytes_load_whole_or_not_at_all(tokenizer, tmp_path):
     """Whatever a damaged file holds, the answer is a tokenizer that still round-trips, or one TokenizerError."""
-    import random
     whole, path, rng, refusals = tokenizer.to_json().encode(), tmp_path / "damaged.json", random.Random(0), 0
     for _ in range(300):
         data = bytearray(whole)
@@ -264,3 +259,12 @@ def test_refuses_ranks_that_no_merges_make(tokenizer, tmp_path):
         refused(path)
     path.write_text("\n".join(lines[:100]))
     refused(path, "lacks the bytes")
+
+
+def test_very_long_tokens_take_no_quadratic_time(tmp_path):
+    """A doubling chain up to 131,072 bytes: a scan of all pairs for each merge would take hours."""
+    tokens = [bytes([b]) for b in range(256)] + [b"a" * 2**k for k in range(1, 18)]
+    path = tmp_path / "ranks.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    tokenizer = BPETokenizer.load(path)
+    assert tokenizer.encode("a" * 2**17) == [len(tokens) - 1]
