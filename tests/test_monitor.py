@@ -263,8 +263,8 @@ async def test_mouse_on_tabs_footer_and_scrub_bar(folder):
 # ---- what is on the screen ---------------------------------------------------------------------------------
 
 SHOWN = ["live  running", "step 100 / 400 (25.0 %)", "left 2m 30s", "train 1.5071 ppl 4.51", "val 1.6071 ppl 4.99",
-         "best 1.6071 ppl 4.99 at 100", "2 steps/s", "4,096 tok/s", "lr 0.0003", "grad norm 1.5", "loss █", "ln V = 6.24",
-         "best 1.6071 at 100", ">●", "★", "○", "100 %"]
+         "best 1.6071 ppl 4.99 at 100", "2 steps/s", "4,096 tok/s", "lr 0.0003", "grad norm 1.5", "loss █",
+         "ln V = 6.24", "best 1.6071 at 100", ">●", "★", "○", "100 %"]
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
@@ -408,7 +408,8 @@ async def test_foreign_csv(tmp_path, content):
 @pytest.mark.parametrize("content", [
     "{", "[]", json.dumps({"state": ["x"], "planned_steps": "many", "started": 3, "model": 7, "train": [], "host": {}}),
     json.dumps({"state": "running", "planned_steps": -5, "parameters": 1e99, "model": {"vocab_size": 0}, "pid": "x"}),
-    json.dumps({"state": "failed", "reason": {"a": ["\x1b[2J"]}, "planned_steps": 10**30, "train": {"sample_prompt": 5}})])
+    json.dumps({"state": "failed", "reason": {"a": ["\x1b[2J"]}, "planned_steps": 10**30,
+                "train": {"sample_prompt": 5}})])
 async def test_foreign_info(tmp_path, content):
     run = make_run(tmp_path / "run", rows(30))
     (run / INFO_NAME).write_text(content)

@@ -16,6 +16,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 BRAILLE_BITS = np.array([[1, 8], [2, 16], [4, 32], [64, 128]], np.uint8)  # rows from the top, columns from the left
 POOL_LIMIT = 8000  # more values than this are averaged in groups before they are smoothed
 LABEL_WIDTH = 9
+HUGE = 1e290  # numbers beyond count as infinite, so that sums and differences of others are finite
 DIM = "dim"
 
 Row = list[tuple[str, str]]  # (text, style)
@@ -37,9 +38,8 @@ class Columns:
 def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points whose two coordinates are numbers, with x made ascending (a clock may have been set back).
 
-    Numbers beyond 1e300 count as infinite, so that differences of any two are finite.
     """
-    keep = (np.abs(x) < 1e300) & (np.abs(y) < 1e300)
+    keep = (np.abs(x) < HUGE) & (np.abs(y) < HUGE)
     if not keep.all():
         x, y = x[keep], y[keep]
     return np.maximum.accumulate(x) if len(x) else x, y
@@ -98,7 +98,7 @@ def value_at(x: np.ndarray, y: np.ndarray, place: float) -> float | None:
 
 def sparkline(values: np.ndarray, width: int) -> str:
     """One row of blocks, each the mean of its share of the finite values."""
-    values = values[np.isfinite(values)]
+    values = values[np.abs(values) < HUGE]
     if not len(values) or width < 1:
         return ""
     starts = np.unique(np.arange(width) * len(values) // width)
@@ -231,7 +231,8 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
     if wide < 10 or high < 2:
         return message("too small", width, height)
     if not axes.x1 > axes.x0:
-        axes = Axes(**(vars(axes) | {"x0": axes.x0 - 0.5, "x1": axes.x0 + 0.5}))
+        half = max(0.5, 1e-6 * abs(axes.x0))
+        axes = Axes(**(vars(axes) | {"x0": axes.x0 - half, "x1": axes.x0 + half}))
     if axes.log:
         series = [Series(s.x[s.y > 0], np.log10(s.y[s.y > 0]), s.style, s.glyph) for s in series]
     reduced = [decimate(s.x, s.y, axes.x0, axes.x1, 2 * wide) for s in series]
@@ -397,9 +398,9 @@ def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[in
 
 def _label(value: float, step: float) -> str:
     """A value with as many decimals as tell it from its neighbours."""
-    if step <= 0:
-        return f"{value:.4g}"
+    decimals = min(6, max(0, -math.floor(math.log10(step) + 1e-9))) if step > 0 else 3
+    plain = [f"{value:.{decimals}f}" if step > 0 else f"{value:.4g}"]
     if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
-        return f"{value:.2e}"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:.{min(decimals, 6)}f}"
+        plain = []
+    forms = [*plain, *(f"{value:.{digits}e}" for digits in (2, 1, 0))]
+    return next(form for form in forms if len(form) < LABEL_WIDTH)

@@ -84,7 +84,8 @@ class Run:
         if changed or known != self._known:
             self._known = known
             self.columns, self.samples = self._reader.columns, list(self._reader.samples)
-            self.summary = summarise(self)
+            with np.errstate(all="ignore"):  # damaged logs hold any numbers
+                self.summary = summarise(self)
         return self._reader.behind > 0
 
     @property
