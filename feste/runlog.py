@@ -417,7 +417,8 @@ class RunReader:
 
     def _seconds_per_step(self) -> float:
         elapsed = self.columns["elapsed_seconds"][-50:]
-        return float(np.median(np.diff(elapsed))) if len(elapsed) > 1 else 0.0
+        with np.errstate(all="ignore"):  # a damaged log holds any numbers
+            return float(np.median(np.diff(elapsed))) if len(elapsed) > 1 else 0.0
 
 
 def _text(data: bytes) -> str:

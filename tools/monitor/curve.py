@@ -236,11 +236,11 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
     if axes.log:
         series = [Series(s.x[s.y > 0], np.log10(s.y[s.y > 0]), s.style, s.glyph) for s in series]
     reduced = [decimate(s.x, s.y, axes.x0, axes.x1, 2 * wide) for s in series]
-    limits = _limits(reduced)
+    scale = math.log10 if axes.log else float
+    limits = _limits(reduced, [scale(y) for y, _ in axes.levels if y > 0 or not axes.log])
     if limits is None:
         return message("no values here yet", width, height)
     canvas = Canvas(wide, high, axes.x0, axes.x1, *limits)
-    scale = math.log10 if axes.log else float
     for y, label in axes.levels:
         if not axes.log or y > 0:
             canvas.level(scale(y), label)
@@ -256,8 +256,8 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
     return _frame(canvas, axes, limits)
 
 
-def _limits(reduced: list[Columns]) -> tuple[float, float] | None:
-    """The range of the y axis. A few spikes far above all else do not flatten the rest."""
+def _limits(reduced: list[Columns], levels: list[float]) -> tuple[float, float] | None:
+    """The range of the y axis. A few spikes far above all else do not flatten the rest; a level just above is shown."""
     if not any(len(columns.place) for columns in reduced):
         return None
     low = min(float(columns.low.min()) for columns in reduced if len(columns.place))
@@ -265,6 +265,7 @@ def _limits(reduced: list[Columns]) -> tuple[float, float] | None:
     high, usual = float(highs.max()), float(np.quantile(highs, 0.98))
     if len(highs) > 20 and high > usual + 1.5 * (usual - low):
         high = usual + 0.1 * (usual - low)
+    high = max([high, *(level for level in levels if level <= high + 0.25 * (high - low))])
     margin = 0.02 * (high - low) or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
@@ -326,7 +327,7 @@ class Canvas:
                 taken = place
 
     def point(self, x: float, y: float, glyph: str, style: str) -> None:
-        if self.x0 <= x <= self.x1 and math.isfinite(y):
+        if self.x0 <= x <= self.x1 and abs(y) < HUGE:
             column = min(int((x - self.x0) / (self.x1 - self.x0) * self.width), self.width - 1)
             self._over[int(self.dot_row(np.array(y))) // 4, column] = (glyph, style)
 
