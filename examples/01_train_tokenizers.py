@@ -23,9 +23,9 @@ FAMOUS = ("To be, or not to be, that is the question:", "Shall I compare thee to
 
 
 def shown(token: bytes) -> str:
-    """A token as a reader can see it: a space as ␣, many as ␣×N, a line end as ⏎."""
+    """A token as a reader can see it: a space as ␣, many as ␣xN, a line end as ⏎."""
     text = token.decode("utf-8", errors="backslashreplace").replace("\n", "⏎").replace("\r", "␍")
-    return re.sub(" {4,}", lambda run: f"␣×{len(run.group())}", text).replace(" ", "␣")
+    return re.sub(" {4,}", lambda run: f"␣x{len(run.group())}", text).replace(" ", "␣")
 
 
 def train_and_measure(text: str, size: int) -> BPETokenizer:
