@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace --parallel 2
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 

@@ -114,4 +114,4 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":
     if not {"sdist", "egg_info", "clean", "--version", "dist_info"} & set(sys.argv[1:]):
         check_toolchain()
-    setup(ext_modules=extensions())
+    setup(ext_modules=extensions(), options={"build_ext": {"parallel": os.cpu_count()}})
