@@ -712,7 +712,7 @@ cdef class Encoder:
     cdef WordTable cache
     cdef int32_t* ids              # of the cached words
     cdef Py_ssize_t n_ids, max_ids
-    cdef void* work                # for one word
+    cdef void* work                # for one word in `by_rank`
     cdef Py_ssize_t max_work
 
     def __cinit__(self, Merges merges):
@@ -773,48 +773,40 @@ cdef class Encoder:
                 raise ValueError(f"a word of {n} bytes is too long; the limit is 2 GB")
         return self.forward(p, n, out) if self.merges.consistent else self.by_rank(p, n, out)
 
-    cdef Py_ssize_t forward(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
+    cdef Py_ssize_t forward(self, const uint8_t* p, Py_ssize_t n, int32_t* out) noexcept nogil:
         """Take the longest token that stays apart from the one before, and go back where none does.
 
         Tokens are the encoding of their bytes if and only if each two neighbours among them are the encoding of
-        theirs: the first merge across any border would cross it between these two alone as well. So the encoding
-        of a text up to a border between two of its tokens is settled, whatever follows, and an end that was given
-        up once is never a border. Each end is tried once: time is linear in n, as tokens have a greatest length.
+        theirs: the first merge across any border would cross it between these two alone as well. So there is one
+        way to reach any place by tokens that stay apart, the encoding of what stands before it, and the search
+        comes to no place twice: time is linear in n, as tokens have a greatest length.
         """
-        cdef Py_ssize_t k = 0, at = 0, end = 0
+        cdef Py_ssize_t k = 0, at = 0
         cdef int32_t token = self.merges.longest(p, n)
-        cdef uint8_t* given_up = <uint8_t*>self.room(n + 1)
-        memset(given_up, 0, n + 1)
         while True:
-            while token >= 0:
-                end = at + self.merges.tokens[token].length
-                if not given_up[end] and (k == 0 or self.merges.apart(out[k - 1], token, 0x7FFFFFFF)):
-                    break
+            while token >= 0 and k > 0 and not self.merges.apart(out[k - 1], token, 0x7FFFFFFF):
                 token = self.merges.tokens[token].shorter
             if token >= 0:
                 out[k] = token
                 k += 1
-                at = end
+                at += self.merges.tokens[token].length
                 if at == n:
                     return k
                 token = self.merges.longest(p + at, n - at)
             else:
-                given_up[at] = True
                 k -= 1
                 at -= self.merges.tokens[out[k]].length
                 token = self.merges.tokens[out[k]].shorter
-
-    cdef void* room(self, Py_ssize_t size) except NULL nogil:
-        if size > self.max_work:
-            self.work = grow(self.work, size)
-            self.max_work = size
-        return self.work
 
     cdef Py_ssize_t by_rank(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
         """Merge the pair of lowest rank, the leftmost of equals, until there is none: a heap of (rank, position)
         over linked symbols. The heap holds at most one entry for each pair that ever was: n - 1 at first and two
         more for each of at most n - 1 merges."""
-        cdef Candidate* heap = <Candidate*>self.room(3 * n * (sizeof(int32_t) + sizeof(Candidate)))
+        cdef Py_ssize_t size = 3 * n * (sizeof(int32_t) + sizeof(Candidate))
+        if size > self.max_work:
+            self.work = grow(self.work, size)
+            self.max_work = size
+        cdef Candidate* heap = <Candidate*>self.work
         cdef int32_t* symbol = <int32_t*>(heap + 3 * n)
         cdef int32_t* left = symbol + n
         cdef int32_t* right = left + n
