@@ -71,7 +71,7 @@ class RunLog:
         if resume_step is not None:
             _drop_rows_after(self.path / LOG_NAME, resume_step)
         self._file = open(self.path / LOG_NAME, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer = _csv_writer(self._file)
         if self._file.tell() == 0:
             self._write(COLUMNS)
         self._write_info()
@@ -165,6 +165,21 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+class _Lines:
+    """Ends each row with a line feed alone."""
+
+    def __init__(self, file) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def _csv_writer(file):
+    """A csv.writer that quotes carriage returns, which csv does only if they are part of its line end."""
+    return csv.writer(_Lines(file))
+
+
 def _cell(value) -> str:
     if value is None:
         return ""
@@ -196,7 +211,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
+        _csv_writer(file).writerows([COLUMNS, *kept])
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -237,7 +252,7 @@ def read_rows(run_dir: str | os.PathLike) -> list[dict]:
     return rows
 
 
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 18
 NUMBER_BYTES = b"0123456789+-.e,nainf"
 MAX_RECORD_BYTES = 1 << 20  # a quote still open after this much is damage and not a long sample
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_right
+from contextlib import suppress
 
 from rich.text import Text
 from textual import events, work
 from textual.app import App, ComposeResult
 from textual.containers import Horizontal
+from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Footer, Static
 
@@ -113,7 +115,8 @@ class Monitor(App):
 
     def on_monitor_polled(self) -> None:
         self._waiting.clear()
-        self.show()
+        with suppress(NoMatches):  # the screen is being taken down
+            self.show()
 
     # ---- showing ---------------------------------------------------------------------------------------------
 

@@ -39,10 +39,17 @@ def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points whose two coordinates are numbers, with x made ascending (a clock may have been set back).
 
     """
-    keep = (np.abs(x) < HUGE) & (np.abs(y) < HUGE)
+    keep = np.isfinite(x) & np.isfinite(y)
     if not keep.all():
         x, y = x[keep], y[keep]
-    return np.maximum.accumulate(x) if len(x) else x, y
+    if len(x) and not (_moderate(x) and _moderate(y)):
+        return finite(np.where(np.abs(x) < HUGE, x, math.nan), np.where(np.abs(y) < HUGE, y, math.nan))
+    return (np.maximum.accumulate(x) if (x[1:] < x[:-1]).any() else x), y
+
+
+def _moderate(values: np.ndarray) -> bool:
+    """Without a temporary array: a million values are 8 MB."""
+    return -HUGE < values.min() and values.max() < HUGE
 
 
 def decimate(x: np.ndarray, y: np.ndarray, x0: float, x1: float, columns: int) -> Columns:
@@ -98,7 +105,7 @@ def value_at(x: np.ndarray, y: np.ndarray, place: float) -> float | None:
 
 def sparkline(values: np.ndarray, width: int) -> str:
     """One row of blocks, each the mean of its share of the finite values."""
-    values = values[np.abs(values) < HUGE]
+    values = finite(np.arange(len(values)), values)[1]
     if not len(values) or width < 1:
         return ""
     starts = np.unique(np.arange(width) * len(values) // width)
@@ -233,9 +240,7 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
     if not axes.x1 > axes.x0:
         half = max(0.5, 1e-6 * abs(axes.x0))
         axes = Axes(**(vars(axes) | {"x0": axes.x0 - half, "x1": axes.x0 + half}))
-    if axes.log:
-        series = [Series(s.x[s.y > 0], np.log10(s.y[s.y > 0]), s.style, s.glyph) for s in series]
-    reduced = [decimate(s.x, s.y, axes.x0, axes.x1, 2 * wide) for s in series]
+    reduced = [_reduce(s, axes, 2 * wide) for s in series]
     scale = math.log10 if axes.log else float
     limits = _limits(reduced, [scale(y) for y, _ in axes.levels if y > 0 or not axes.log])
     if limits is None:
@@ -254,6 +259,17 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
         if not axes.log or y > 0:
             canvas.point(x, scale(y), glyph, style)
     return _frame(canvas, axes, limits)
+
+
+def _reduce(s: Series, axes: Axes, columns: int) -> Columns:
+    """The dot columns of a curve, of its logarithm if that is asked for."""
+    if not axes.log:
+        return decimate(s.x, s.y, axes.x0, axes.x1, columns)
+    x, y = s.x, s.y
+    if len(y) and y.min() <= 0:
+        x, y = x[y > 0], y[y > 0]
+    made = decimate(x, y, axes.x0, axes.x1, columns)
+    return Columns(made.place, np.log10(made.last), np.log10(made.low), np.log10(made.high))
 
 
 def _limits(reduced: list[Columns], levels: list[float]) -> tuple[float, float] | None:

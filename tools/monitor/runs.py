@@ -18,7 +18,7 @@ MARKERS = "●■▲◆▼◉✚✖"
 NAMES = ("step", "elapsed_seconds", "learning_rate", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
 SORTS = ("newest", "best loss", "name")
 RECENT_ROWS = 50
-POLL_BYTES = 8 << 20
+POLL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,13 @@ def _last_finite(values: np.ndarray) -> float | None:
 
 
 def _lowest(values: np.ndarray) -> tuple[float | None, int | None]:
-    places = np.flatnonzero(np.isfinite(values))
-    if not len(places):
+    if not len(values):
         return None, None
-    place = int(places[np.argmin(values[places])])
-    return float(values[place]), place
+    low = np.fmin.reduce(values)  # without NaN, and without a copy
+    if not math.isfinite(low):
+        values = np.where(np.isfinite(values), values, math.nan)
+        low = np.fmin.reduce(values)
+    return (None, None) if math.isnan(low) else (float(low), int(np.argmax(values == low)))
 
 
 def _median(values: np.ndarray) -> float | None:
