@@ -369,7 +369,7 @@ def _run(args: argparse.Namespace) -> int:
     if tokenizer and END_OF_TEXT not in tokenizer.special_tokens:
         print(f"note: the tokenizer has no {END_OF_TEXT}; nothing will stand between documents", file=sys.stderr)
     index = prepare(sources, Path(args.output), tokenizer, args.vocab_size, args.layout)
-    print(f"{args.output}: {index['tokens']:,} tokens of {index['documents']:,} documents, {index['dtype']}. "
+    print(f"{args.output}: {index['tokens']:,} tokens ({index['dtype']}), documents: {index['documents']:,}. "
           f"Train on it with --data {args.output}")
     return 0
 
