@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from feste import ops
-
-if TYPE_CHECKING:
-    from feste.model import GPT2
+from feste.config import Config
 
 
 class Sampler:
@@ -56,8 +53,7 @@ class Sampler:
 class Cache:
     """Keys and values of every block for B sequences, (B, H, block_size, D) each, and room for one token."""
 
-    def __init__(self, model: GPT2, B: int) -> None:
-        c = model.config
+    def __init__(self, c: Config, B: int) -> None:
         self.B, self.H, self.D, self.block_size = B, c.n_heads, c.head_size, c.block_size
         shape = (c.n_layers, B, c.n_heads, c.block_size, c.head_size)
         self.k, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -76,61 +72,15 @@ class Cache:
         self.length = T
 
 
-def check_request(model: GPT2, prompt_ids, max_new_tokens: int) -> np.ndarray:
-    """The prompt as an integer array, or ValueError."""
-    prompt = np.asarray(list(prompt_ids))
-    if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
-        raise ValueError("the prompt must be a sequence of at least one token id")
-    if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
-        bad = prompt.min() if prompt.min() < 0 else prompt.max()
-        raise ValueError(f"token ids must lie in 0 .. {model.config.vocab_size - 1}, the prompt has {bad}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    return prompt.astype(np.int32)
-
-
-def generate(model: GPT2, prompt: np.ndarray, B: int, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
-    """Yield the next tokens of B sequences that start with one prompt, max_new_tokens times.
-
-    The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
-    shifts all of them and the context is read again.
-    """
-    block_size = model.config.block_size
-    context = np.tile(prompt[-block_size:], (B, 1))
-    cache, weights = Cache(model, B), Weights(model)
-    for i in range(max_new_tokens):
-        if i == 0:
-            logits = _read(model, cache, context[:1])
-        elif cache.length == block_size:
-            logits = _read(model, cache, context)
-        else:
-            logits = _decode(model, weights, cache, new)
-        ids = [sampler(logits[b % len(logits)]) for b in range(B)]
-        yield ids
-        new = np.array(ids, np.int32).reshape(B, 1)
-        context = np.concatenate([context, new], axis=1)[:, -block_size:]
-
-
-def _read(model: GPT2, cache: Cache, ids: np.ndarray) -> np.ndarray:
-    """Fill the cache from whole sequences (n, T); returns the logits of their last tokens (n, V)."""
-    n, T = ids.shape
-    c = model.config
-    act = model._buffers(n, T, keep=False)
-    model._forward(act, np.ascontiguousarray(ids), cache=cache)
-    last = np.ascontiguousarray(act.ln_f.reshape(n, T, c.n_embd)[:, -1])
-    ops.gemm(cache.logits[:n], last, model.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=model._bf16)
-    return cache.logits[:n]
-
-
 class Weights:
     """The matrices of a model as decoding reads them: in place, or in bf16 packed once, at half the bytes."""
 
-    def __init__(self, model: GPT2) -> None:
-        self.packed = model._bf16
-        self.head = self._prepare(model.head, transposed=True)
+    def __init__(self, head: np.ndarray, blocks: list, packed: bool) -> None:
+        self.packed = packed
+        self.head = self._prepare(head, transposed=True)
         names = ("c_attn", "attn_proj", "c_fc", "mlp_proj")
         self.blocks = [{name: (self._prepare(getattr(w, name)[0]), getattr(w, name)[1]) for name in names}
-                       for w in model._blocks]
+                       for w in blocks]
 
     def _prepare(self, weight: np.ndarray, transposed: bool = False) -> np.ndarray:
         if not self.packed:
@@ -157,23 +107,38 @@ class Weights:
             ops.gemm(out, x, self.head, B, V, C, trans_b=True)
 
 
-def _decode(model: GPT2, weights: Weights, cache: Cache, ids: np.ndarray) -> np.ndarray:
-    """Append one token (B, 1) to each cached sequence; returns the logits (B, V)."""
-    c, params, linear = model.config, model.params, weights.linear
-    B, C, H, D = cache.B, c.n_embd, cache.H, cache.D
-    x, ln, stats = cache.x, cache.ln, (cache.mean, cache.rstd)
-    ops.embedding_forward(x, ids, params["transformer.wte.weight"], params["transformer.wpe.weight"], B, 1, C,
-                          cache.length)
-    for i, (block, w) in enumerate(zip(model._blocks, weights.blocks, strict=True)):
-        ops.layernorm_forward(ln, *stats, x, *block.ln_1, B, C)
-        linear(cache.qkv, ln, *w["c_attn"], None)
-        ops.attention_decode(cache.att, cache.k[i], cache.v[i], cache.qkv, B, H, D, cache.length, cache.block_size)
-        linear(cache.mid, cache.att, *w["attn_proj"], x)
-        ops.layernorm_forward(ln, *stats, cache.mid, *block.ln_2, B, C)
-        linear(cache.fc, ln, *w["c_fc"], None)
-        ops.gelu_forward(cache.gelu, cache.fc, B * 4 * C)
-        linear(x, cache.gelu, *w["mlp_proj"], cache.mid)
-    ops.layernorm_forward(ln, *stats, x, params["transformer.ln_f.weight"], params["transformer.ln_f.bias"], B, C)
-    weights.logits(cache.logits, ln)
-    cache.length += 1
-    return cache.logits
+def check_request(prompt_ids, max_new_tokens: int, vocab_size: int) -> np.ndarray:
+    """The prompt as an integer array, or ValueError."""
+    prompt = np.asarray(list(prompt_ids))
+    if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
+        raise ValueError("the prompt must be a sequence of at least one token id")
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        bad = prompt.min() if prompt.min() < 0 else prompt.max()
+        raise ValueError(f"token ids must lie in 0 .. {vocab_size - 1}, the prompt has {bad}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    return prompt.astype(np.int32)
+
+
+def generate(prompt: np.ndarray, cache: Cache, max_new_tokens: int, sampler: Sampler,
+             read: Callable[[np.ndarray], np.ndarray],
+             decode: Callable[[np.ndarray], np.ndarray]) -> Iterator[list[int]]:
+    """Yield the next tokens of cache.B sequences that start with one prompt, max_new_tokens times.
+
+    read fills the cache from whole sequences (n, T), decode appends a token to each (B, 1); both return logits (n, V).
+    The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
+    shifts all of them and the context is read again.
+    """
+    block_size = cache.block_size
+    context = np.tile(prompt[-block_size:], (cache.B, 1))
+    for i in range(max_new_tokens):
+        if i == 0:
+            logits = read(context[:1])
+        elif cache.length == block_size:
+            logits = read(context)
+        else:
+            logits = decode(new)
+        ids = [sampler(logits[b % len(logits)]) for b in range(cache.B)]
+        yield ids
+        new = np.array(ids, np.int32).reshape(cache.B, 1)
+        context = np.concatenate([context, new], axis=1)[:, -block_size:]

@@ -14,6 +14,7 @@ head and loss go through HEAD_ROWS rows at a time. Nothing is allocated from one
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,8 +170,7 @@ class GPT2:
                         top_p: float | None = None, seed: int | None = None) -> Iterator[int]:
         """The new tokens of `generate`, one at a time."""
         sampler = generation.Sampler(temperature, top_k, top_p, seed)
-        prompt = generation.check_request(self, prompt_ids, max_new_tokens)
-        return (ids[0] for ids in generation.generate(self, prompt, 1, max_new_tokens, sampler))
+        return (ids[0] for ids in self._generate(prompt_ids, 1, max_new_tokens, sampler))
 
     def generate_batch(self, prompt_ids, num_samples: int, max_new_tokens: int, temperature: float = 1.0,
                        top_k: int | None = None, top_p: float | None = None,
@@ -179,8 +179,7 @@ class GPT2:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         sampler = generation.Sampler(temperature, top_k, top_p, seed)
-        prompt = generation.check_request(self, prompt_ids, max_new_tokens)
-        steps = list(generation.generate(self, prompt, num_samples, max_new_tokens, sampler))
+        steps = list(self._generate(prompt_ids, num_samples, max_new_tokens, sampler))
         return [[*map(int, prompt_ids), *(ids[b] for ids in steps)] for b in range(num_samples)]
 
     # ---- the door -------------------------------------------------------------------------------------------
@@ -324,3 +323,43 @@ class GPT2:
             return act.dx
         ops.dropout_backward(act.dproj, act.dx, p, key, act.dx.size)
         return act.dproj
+
+    # ---- generation -----------------------------------------------------------------------------------------
+
+    def _generate(self, prompt_ids, B: int, max_new_tokens: int, sampler: generation.Sampler) -> Iterator[list[int]]:
+        prompt = generation.check_request(prompt_ids, max_new_tokens, self.config.vocab_size)
+        cache = generation.Cache(self.config, B)
+        weights = generation.Weights(self.head, self._blocks, packed=self._bf16)
+        return generation.generate(prompt, cache, max_new_tokens, sampler, partial(self._read, cache),
+                                   partial(self._decode, weights, cache))
+
+    def _read(self, cache: generation.Cache, ids: np.ndarray) -> np.ndarray:
+        """Fill the cache from whole sequences (n, T); returns the logits of their last tokens (n, V)."""
+        n, T = ids.shape
+        c = self.config
+        act = self._buffers(n, T, keep=False)
+        self._forward(act, np.ascontiguousarray(ids), cache=cache)
+        last = np.ascontiguousarray(act.ln_f.reshape(n, T, c.n_embd)[:, -1])
+        ops.gemm(cache.logits[:n], last, self.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=self._bf16)
+        return cache.logits[:n]
+
+    def _decode(self, weights: generation.Weights, cache: generation.Cache, ids: np.ndarray) -> np.ndarray:
+        """Append one token (B, 1) to each cached sequence; returns the logits (B, V)."""
+        params, linear = self.params, weights.linear
+        B, C, H, D = cache.B, self.config.n_embd, cache.H, cache.D
+        x, ln, stats = cache.x, cache.ln, (cache.mean, cache.rstd)
+        ops.embedding_forward(x, ids, params["transformer.wte.weight"], params["transformer.wpe.weight"], B, 1, C,
+                              cache.length)
+        for i, (block, w) in enumerate(zip(self._blocks, weights.blocks, strict=True)):
+            ops.layernorm_forward(ln, *stats, x, *block.ln_1, B, C)
+            linear(cache.qkv, ln, *w["c_attn"], None)
+            ops.attention_decode(cache.att, cache.k[i], cache.v[i], cache.qkv, B, H, D, cache.length, cache.block_size)
+            linear(cache.mid, cache.att, *w["attn_proj"], x)
+            ops.layernorm_forward(ln, *stats, cache.mid, *block.ln_2, B, C)
+            linear(cache.fc, ln, *w["c_fc"], None)
+            ops.gelu_forward(cache.gelu, cache.fc, B * 4 * C)
+            linear(x, cache.gelu, *w["mlp_proj"], cache.mid)
+        ops.layernorm_forward(ln, *stats, x, params["transformer.ln_f.weight"], params["transformer.ln_f.bias"], B, C)
+        weights.logits(cache.logits, ln)
+        cache.length += 1
+        return cache.logits

@@ -25,7 +25,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -169,7 +169,8 @@ def child(order: dict) -> int:
 def _disturb(order: dict) -> None:
     from feste import cli, trainer
     owner, name = {
-        "tokenizing": (BPETokenizer, "train"), "step": (GPT2, "forward_backward"), "validation": (trainer._Run, "_validate"),
+        "tokenizing": (BPETokenizer, "train"), "step": (GPT2, "forward_backward"),
+        "validation": (trainer._Run, "_validate"),
         "sampling": (trainer._Run, "_sample"), "saving": (checkpoint, "_write_file"), "ending": (cli, "held_out_loss"),
     }[order["phase"]]
     original, calls = getattr(owner, name), 0
@@ -230,8 +231,8 @@ def _kill_one(argv: list[str], rng: random.Random) -> int:
     out, err = process.communicate()
     if ended is not None:
         raise AssertionError(f"the run ended by itself with {ended}: {err or out}")
-    told = [int(line.split()[1]) for line in out.splitlines(keepends=True) if line.startswith("step ") and line[-1] == "\n"]
-    return told[-1] if told else 0
+    told = [line for line in out.splitlines(keepends=True) if line.startswith("step ") and line.endswith("\n")]
+    return int(told[-1].split()[1]) if told else 0
 
 
 def _after_kill(run_dir: Path, before: int, told: int) -> tuple[int, str]:
@@ -269,10 +270,8 @@ def _unlike_uninterrupted(folder: Path, run_dir: Path, step: int, steps: int) ->
             raise _Enough
 
     whole = folder / "uninterrupted"
-    try:
+    with suppress(_Enough):
         train(whole, num_steps=steps, checkpoint_interval=step, on_step=stop)
-    except _Enough:
-        pass
     unlike = differences(whole / f"checkpoint_step_{step}.bin", find_checkpoint(run_dir)[0])
     return unlike + ["rows"] * (history(whole, step) != history(run_dir, step))
 
@@ -352,7 +351,7 @@ def _try_damaged(tally: Tally, path: Path, whole_step: int = 1) -> None:
         Checkpoint.load(path)
     except CheckpointError as error:
         found, passed_over = find_checkpoint(path.parent)
-        good = str(path) in str(error) and verify(found) == whole_step and any(str(path) in line for line in passed_over)
+        good = str(path) in str(error) and str(path) in "".join(passed_over) and verify(found) == whole_step
     else:
         good = False
     tally.detected += good
@@ -454,7 +453,8 @@ def forgeries(data: bytes, marker: Path) -> dict[str, bytes]:
         "step as word": meta(step="two"), "negative step": meta(step="-2"), "step as number": meta(step=2),
         "best as list of one": meta(best="[1]"), "state as list": meta(trainer_state="[]"),
         "configuration as list": meta(train_config="[1]"), "unknown precision": meta(precision="fp1"),
-        "seed as word": meta(seed="x"), "betas beyond 1": meta(optimizer='{"betas":[2,2],"eps":1,"weight_decay":0,"t":1}'),
+        "seed as word": meta(seed="x"),
+        "betas beyond 1": meta(optimizer='{"betas":[2,2],"eps":1,"weight_decay":0,"t":1}'),
         "optimizer empty": meta(optimizer="{}"), "later version": meta(feste_format_version="99"),
         "tokenizer empty": meta(tokenizer="{}"), "tokenizer nested": meta(tokenizer="[" * 100_000),
         "config nested": meta(config="[" * 100_000), "config as number": meta(config="7"),
@@ -467,7 +467,8 @@ def forgeries(data: bytes, marker: Path) -> dict[str, bytes]:
         "header nested": struct.pack("<Q", 100_000) + b"[" * 100_000,
         "header is a list": struct.pack("<Q", 8) + b"[]      ",
         "tensors missing": data[:8 + length], "bytes behind the end": data + b"\0" * 64, "empty": b"",
-        "a pickle": pickle.dumps(_Bomb(marker)), "zeros": bytes(len(data)), "noise": random.Random(5).randbytes(len(data)),
+        "a pickle": pickle.dumps(_Bomb(marker)), "zeros": bytes(len(data)),
+        "noise": random.Random(5).randbytes(len(data)),
     }
     return files
 
@@ -533,7 +534,7 @@ PHASES = {"step": 7, "validation": 2, "sampling": 2, "saving": 2}  # phase -> in
 
 
 def signals(folder: Path, numbers=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> Tally:
-    """One signal in each phase: saved at a step boundary, exit 128 + n, and the resumed run is the uninterrupted one."""
+    """One signal in each phase: saved at a step boundary, exit 128 + n; resumed, the run is the uninterrupted one."""
     tally, whole = Tally("signal in a phase of training", detected=0), folder / "whole"
     code, out, err = run(arguments(folder, whole))
     assert code == 0, err or out

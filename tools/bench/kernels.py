@@ -6,7 +6,7 @@ import numpy as np
 
 from feste import ops
 from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
-from tools.bench.worker import measured_peak, seconds_per_call
+from tools.bench.clock import measured_peak, seconds_per_call
 
 RNG = np.random.default_rng(0)
 TRANSPOSES = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}

@@ -11,7 +11,7 @@ import feste.optim
 from feste import ops
 from tools.bench.sizes import SEQUENCES, model_config, step_flops
 from tools.bench.steps import _batch, _feste_stepper
-from tools.bench.worker import measured_peak
+from tools.bench.clock import measured_peak
 
 
 class Stopwatch:

@@ -13,7 +13,7 @@ import numpy as np
 
 from feste import BPETokenizer
 from feste.corpus import shakespeare_text
-from tools.bench.worker import peak_memory_bytes
+from tools.bench.clock import peak_memory_bytes
 
 VOCAB_SIZES = (512, 1536, 20534)
 ENDINGS = [a + b for a in "aeioubcdst" for b in "aeiournslt"][:97]
