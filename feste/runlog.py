@@ -278,7 +278,7 @@ class RunReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._inode, self._offset, self._rest = None, 0, b""
+        self._inode, self._offset, self._size, self._rest = None, 0, 0, b""
         self._head, self._tail = b"", b""
         self._header: list[str] | None = None
         self._data = [np.empty(1024) for _ in self.names]
@@ -318,7 +318,7 @@ class RunReader:
         if self._inode is not None and not self._continues(file, status):
             self._reset()
             changed = True
-        self._inode, self._modified = status.st_ino, status.st_mtime
+        self._inode, self._modified, self._size = status.st_ino, status.st_mtime, status.st_size
         stop = status.st_size if max_bytes is None else min(status.st_size, self._offset + max_bytes)
         file.seek(self._offset)
         while self._offset < stop and (new := file.read(min(CHUNK_BYTES, stop - self._offset))):
@@ -399,8 +399,9 @@ class RunReader:
         """Add columns of values behind the last row."""
         n = self._n + values.shape[1]
         if n > len(self._data[0]):  # column by column, so that only one is there twice
+            expected = int(1.1 * n * self._size / self._offset)  # room for the rest of a long log at once
             for i, old in enumerate(self._data):
-                self._data[i] = np.empty(max(n, 2 * len(old)))
+                self._data[i] = np.empty(max(n, 2 * len(old), expected))
                 self._data[i][:self._n] = old[:self._n]
         for column, new in zip(self._data, values, strict=True):
             column[self._n:n] = new

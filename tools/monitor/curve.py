@@ -49,7 +49,7 @@ def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _moderate(values: np.ndarray) -> bool:
     """Without a temporary array: a million values are 8 MB."""
-    return -HUGE < values.min() and values.max() < HUGE
+    return values.min() > -HUGE and values.max() < HUGE
 
 
 def decimate(x: np.ndarray, y: np.ndarray, x0: float, x1: float, columns: int) -> Columns:
