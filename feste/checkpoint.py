@@ -351,8 +351,8 @@ def verify(path: Path) -> int:
     """The step of a whole checkpoint; CheckpointError for a damaged one. Reads all of it, allocates little."""
     with _opened(path) as file:
         metadata, _, _ = _read_header(path, file)
-        digest = _new_digest(metadata)
-        while block := file.read(BLOCK):
+        digest, at_most = _new_digest(metadata), min(BLOCK, os.fstat(file.fileno()).st_size)
+        while block := file.read(at_most):
             digest.update(block)
     if digest.hexdigest() != metadata["checksum"]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
