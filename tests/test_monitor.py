@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -508,6 +510,32 @@ async def test_nan_and_inf(tmp_path):
             await pilot.pause()
         assert "train nan" in screen_text(app)
         json.loads(summary.as_json(app.runs()), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+async def test_files_that_change_while_they_are_looked_at(tmp_path, monkeypatch):
+    """Truncations, growth and resumption faster than the screen, with every part of it in use."""
+    run = make_run(tmp_path / "run", rows(300), info())
+    over = threading.Event()
+
+    def disturb() -> None:
+        for turn in itertools.cycle(range(4)):
+            if over.wait(0.002):
+                return
+            (lambda: make_run(run, rows(300)), lambda: append(run, rows(200, first=250)),
+             lambda: make_run(run, rows(20)), lambda: append(run, rows(30, first=11)))[turn]()
+
+    async with Shown(tmp_path, size=(160, 40)) as (app, pilot):
+        disturber = threading.Thread(target=disturb)
+        monkeypatch.setattr(app_module, "POLL_SECONDS", 0.001)
+        disturber.start()
+        try:
+            for key in ["[", "plus", "comma", "x", "w", "left", "m", "[", "e", "m", "m", "m", "]", "l", "{", "0"] * 2:
+                await pilot.press(key)
+        finally:
+            over.set()
+            disturber.join()
+        make_run(run, rows(33))
+        await until(pilot, lambda: "step 33 / 400" in screen_text(app))
 
 
 async def test_crashed_and_stalled(tmp_path):

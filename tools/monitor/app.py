@@ -70,7 +70,6 @@ class Monitor(App):
         self.sort = SORTS[0]
         self.sample_step: int | None = None  # None: the newest
         self.view = "both"
-        self.refresh_seconds = 0.0
         self._stop, self._waiting = threading.Event(), threading.Event()
 
     def compose(self) -> ComposeResult:
@@ -125,7 +124,8 @@ class Monitor(App):
 
     def show(self) -> None:
         """Bring the whole screen up to date."""
-        begun, base, runs = time.perf_counter(), self.screen_stack[0], self.runs()
+        self.watch.take()
+        base, runs = self.screen_stack[0], self.runs()
         base.set_class(not runs, "bare")
         if not runs:
             self._show_empty(base)
@@ -137,10 +137,10 @@ class Monitor(App):
         base.query_one(Status).show(run, width - 2)
         self.plot.show(run, [one for one in runs if one.key in self.pinned])
         base.query_one(Samples).show(run, self.sample_index())
-        tabs = Text.assemble(view_names(self.view, self.large), "  ", (self.plot.options.describe(), "dim"),
-                             ("  sorted by " + self.sort, "dim"), no_wrap=True, overflow="ellipsis")
+        tabs = Text.assemble(view_names(self.view, self.large), (f" {self.sort} first" if self.sort != "name" else
+                             " by name", "dim"), ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True,
+                             overflow="ellipsis")
         base.query_one("#tabs", Static).update(tabs)
-        self.refresh_seconds = time.perf_counter() - begun
 
     def _show_empty(self, base) -> None:
         places = ", ".join(str(path) for path in self.watch.paths)

@@ -65,7 +65,10 @@ class Summary:
 
 
 class Run:
-    """A run that is followed. `poll` may be called in another thread than the one that looks at the rest."""
+    """A run that is followed. One thread may `poll`; what another one sees changes only when that one calls `take`.
+
+    columns (see RunReader), samples: (step, text), and summary belong together.
+    """
 
     def __init__(self, path: Path, number: int) -> None:
         self.path, self.key = path, str(path)
@@ -73,9 +76,8 @@ class Run:
         self.colour, self.marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         self._reader = RunReader(path, NAMES)
         self._known: tuple | None = None
-        self.columns = self._reader.columns
-        self.samples: list[tuple[int, str]] = []
-        self.summary = Summary(self.name, self.key, "waiting")
+        self._latest = (self._reader.columns, [], Summary(self.name, self.key, "waiting"))
+        self.take()
 
     def poll(self) -> bool:
         """Read what is new, a bounded part of it; True if there is more to read at once."""
@@ -83,28 +85,30 @@ class Run:
         known = (self._reader.state, self._reader.found)
         if changed or known != self._known:
             self._known = known
-            self.columns, self.samples = self._reader.columns, list(self._reader.samples)
+            columns, samples = self._reader.columns, list(self._reader.samples)
             with np.errstate(all="ignore"):  # damaged logs hold any numbers
-                self.summary = summarise(self)
+                summary = summarise(self.name, self.key, self._reader, columns, len(samples))
+            self._latest = (columns, samples, summary)
         return self._reader.behind > 0
+
+    def take(self) -> None:
+        """See what has been read."""
+        self.columns, self.samples, self.summary = self._latest
 
     @property
     def info(self) -> dict:
         return self._reader.info
 
-    @property
-    def state(self) -> str:
-        if not self._reader.found:
-            return "gone" if self.info or len(self.columns["step"]) else "waiting"
-        return self._reader.state
 
-    @property
-    def problems(self) -> list[str]:
-        return self._reader.problems
+def state_of(reader: RunReader) -> str:
+    """RunReader's state, or gone or waiting while there is no such directory."""
+    if not reader.found:
+        return "gone" if reader.info or len(reader.columns["step"]) else "waiting"
+    return reader.state
 
 
-def summarise(run: Run) -> Summary:
-    columns, info, state = run.columns, run.info, run.state
+def summarise(name: str, key: str, reader: RunReader, columns: dict[str, np.ndarray], samples: int) -> Summary:
+    info, state = reader.info, state_of(reader)
     moving = state in ("running", "unknown")
     planned, step = _integer(info.get("planned_steps")), _last(columns["step"])
     step = None if step is None else int(step)
@@ -113,15 +117,15 @@ def summarise(run: Run) -> Summary:
     pace = _steps_per_second(columns)
     model = info.get("model") if isinstance(info.get("model"), dict) else {}
     return Summary(
-        run.name, run.key, state, _text(info.get("reason")), _text(info.get("started")), len(columns["step"]), step,
+        name, key, state, _text(info.get("reason")), _text(info.get("started")), len(columns["step"]), step,
         planned, _last_finite(columns["elapsed_seconds"]),
         _seconds_left(columns, step, planned) if state == "running" else None,
         pace if moving or state in runlog.END_STATES else None, _median(columns["tokens_per_second"][-RECENT_ROWS:]),
         _last_finite(columns["learning_rate"]), _last(columns["grad_norm"]),
         train, _perplexity(train), val, _perplexity(val), best, _perplexity(best),
         None if best_at is None else int(columns["step"][best_at]), _lowest(columns["train_loss"])[0],
-        _integer(model.get("vocab_size")), _integer(info.get("parameters")), len(run.samples),
-        tuple(map(clean_line, [*run.problems, *_alerts(columns)])))
+        _integer(model.get("vocab_size")), _integer(info.get("parameters")), samples,
+        tuple(map(clean_line, [*reader.problems, *_alerts(columns)])))
 
 
 def _alerts(columns: dict[str, np.ndarray]) -> list[str]:
@@ -220,10 +224,13 @@ class Watch:
         self.scan()
         while self.poll():
             pass
+        self.take()
         return list(self.runs.values())
 
-    def missing(self) -> list[Path]:
-        return [path for path in self.paths if not path.exists()]
+    def take(self) -> None:
+        """See what has been read."""
+        for run in list(self.runs.values()):
+            run.take()
 
 
 def _directory(path: Path) -> Path:
@@ -251,7 +258,7 @@ def in_order(runs: list[Run], sort: str) -> list[Run]:
     """The runs by one of SORTS: what is running is newest; a run without a loss comes last."""
     runs = sorted(runs, key=lambda run: run.name)
     if sort == "newest":
-        return sorted(runs, key=lambda run: (run.state == "running", run.summary.started or ""), reverse=True)
+        return sorted(runs, key=lambda run: (run.summary.state == "running", run.summary.started or ""), reverse=True)
     if sort == "best loss":
         return sorted(runs, key=lambda run: math.inf if run.summary.best_loss is None else run.summary.best_loss)
     return runs

@@ -47,8 +47,8 @@ def number(value: float | None, form: str = ".4f") -> str:
 def perplexity(value: float | None) -> str:
     if value is None or math.isnan(value):
         return UNKNOWN
-    if value < 100:
-        return f"{value:.3g}"
+    if value < 99.95:
+        return f"{value:#.3g}"
     return f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
 
 
