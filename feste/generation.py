@@ -131,14 +131,13 @@ def generate(prompt: np.ndarray, cache: Cache, max_new_tokens: int, sampler: Sam
     """
     block_size = cache.block_size
     context = np.tile(prompt[-block_size:], (cache.B, 1))
-    for i in range(max_new_tokens):
-        if i == 0:
+    ids: list[int] = []
+    for _ in range(max_new_tokens):
+        if not ids:
             logits = read(context[:1])
-        elif cache.length == block_size:
-            logits = read(context)
         else:
-            logits = decode(new)
+            new = np.array(ids, np.int32).reshape(cache.B, 1)
+            context = np.concatenate([context, new], axis=1)[:, -block_size:]
+            logits = decode(new) if cache.length < block_size else read(context)
         ids = [sampler(logits[b % len(logits)]) for b in range(cache.B)]
         yield ids
-        new = np.array(ids, np.int32).reshape(cache.B, 1)
-        context = np.concatenate([context, new], axis=1)[:, -block_size:]

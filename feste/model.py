@@ -170,7 +170,7 @@ class GPT2:
                         top_p: float | None = None, seed: int | None = None) -> Iterator[int]:
         """The new tokens of `generate`, one at a time."""
         sampler = generation.Sampler(temperature, top_k, top_p, seed)
-        return (ids[0] for ids in self._generate(prompt_ids, 1, max_new_tokens, sampler))
+        return (ids[0] for ids in self.stream(prompt_ids, 1, max_new_tokens, sampler))
 
     def generate_batch(self, prompt_ids, num_samples: int, max_new_tokens: int, temperature: float = 1.0,
                        top_k: int | None = None, top_p: float | None = None,
@@ -179,7 +179,7 @@ class GPT2:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         sampler = generation.Sampler(temperature, top_k, top_p, seed)
-        steps = list(self._generate(prompt_ids, num_samples, max_new_tokens, sampler))
+        steps = list(self.stream(prompt_ids, num_samples, max_new_tokens, sampler))
         return [[*map(int, prompt_ids), *(ids[b] for ids in steps)] for b in range(num_samples)]
 
     # ---- the door -------------------------------------------------------------------------------------------
@@ -326,9 +326,11 @@ class GPT2:
 
     # ---- generation -----------------------------------------------------------------------------------------
 
-    def _generate(self, prompt_ids, B: int, max_new_tokens: int, sampler: generation.Sampler) -> Iterator[list[int]]:
+    def stream(self, prompt_ids, num_samples: int, max_new_tokens: int,
+               sampler: generation.Sampler) -> Iterator[list[int]]:
+        """The next token of each of num_samples continuations of one prompt, max_new_tokens times."""
         prompt = generation.check_request(prompt_ids, max_new_tokens, self.config.vocab_size)
-        cache = generation.Cache(self.config, B)
+        cache = generation.Cache(self.config, num_samples)
         weights = generation.Weights(self.head, self._blocks, packed=self._bf16)
         return generation.generate(prompt, cache, max_new_tokens, sampler, partial(self._read, cache),
                                    partial(self._decode, weights, cache))

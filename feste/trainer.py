@@ -102,6 +102,10 @@ def _tokens(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray) -> np.
         return tokenizer.encode_to_numpy(text)
     if not isinstance(text, np.ndarray) or text.ndim != 1 or text.dtype.kind not in "iu":
         raise ValueError("text must be a str or a 1-D array of integer token ids")
+    if text.dtype.itemsize > 4 and text.size and not 0 <= text.min() <= text.max() < model.config.vocab_size:
+        # Smaller types are left to the model, which checks every batch; these would be cut to 32 bits on the way.
+        bad = text.min() if text.min() < 0 else text.max()
+        raise ValueError(f"token ids must lie in 0 .. {model.config.vocab_size - 1}, the text has {bad}")
     return text
 
 

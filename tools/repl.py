@@ -147,15 +147,16 @@ class Answer:
 
     def __init__(self, voice: Voice, prompt: str, settings: Settings, seed: int) -> None:
         self.voice, self.settings, self.seed = voice, settings, seed
-        self.ids = generation.check_request(voice.model, voice.tokenizer.encode(prompt), settings.tokens)
+        self.ids = generation.check_request(voice.tokenizer.encode(prompt), settings.tokens,
+                                            voice.model.config.vocab_size)
         self.texts = [""] * settings.samples
         self.tokens, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[list[str]]:
         decoders = [self.voice.tokenizer.stream_decoder() for _ in self.texts]
         begun = time.perf_counter()
-        for ids in generation.generate(self.voice.model, self.ids, self.settings.samples, self.settings.tokens,
-                                       self.settings.sampler(self.seed)):
+        for ids in self.voice.model.stream(self.ids, self.settings.samples, self.settings.tokens,
+                                           self.settings.sampler(self.seed)):
             pieces = [self._piece(decoder, i) for decoder, i in zip(decoders, ids, strict=True)]
             self.tokens += len(ids)
             self.seconds += time.perf_counter() - begun

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from feste import ops
-from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 from tools.bench.clock import measured_peak, seconds_per_call
+from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
 RNG = np.random.default_rng(0)
 TRANSPOSES = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}

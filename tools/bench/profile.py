@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import feste.model
 import feste.optim
 from feste import ops
+from tools.bench.clock import measured_peak
 from tools.bench.sizes import SEQUENCES, model_config, step_flops
 from tools.bench.steps import _batch, _feste_stepper
-from tools.bench.clock import measured_peak
 
 
 class Stopwatch:

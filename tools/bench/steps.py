@@ -8,8 +8,8 @@ import numpy as np
 
 from feste import GPT2, AdamW, ops
 from feste.params import ParameterTable
-from tools.bench.sizes import SEQUENCES, model_config, step_flops
 from tools.bench.clock import measured_peak, peak_memory_bytes
+from tools.bench.sizes import SEQUENCES, model_config, step_flops
 
 LEARNING_RATE = 1e-3
 

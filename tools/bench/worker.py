@@ -7,6 +7,7 @@ import sys
 
 from tools.bench import generation, kernels, steps, tokenizers
 
+
 def main() -> None:
     tasks = {"steps": steps.measure, "kernels": kernels.measure, "generation": generation.measure,
              "tokenizer": tokenizers.measure, "tokenizer_growth": tokenizers.measure_growth,

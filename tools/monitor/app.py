@@ -114,8 +114,9 @@ class Monitor(App):
 
     def on_monitor_polled(self) -> None:
         self._waiting.clear()
-        with suppress(NoMatches):  # the screen is being taken down
-            self.show()
+        if self.screen_stack:
+            with suppress(NoMatches):  # the screen is being taken down
+                self.show()
 
     # ---- showing ---------------------------------------------------------------------------------------------
 

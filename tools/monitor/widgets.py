@@ -66,7 +66,7 @@ class RunTable(DataTable):
             for key, cell in self._cells(run, run is selected, run.key in pinned, name_width).items():
                 if key in self.columns and self.get_cell(run.key, key) != cell:
                     self.update_cell(run.key, key, cell)
-        if selected in runs:
+        if selected in runs and self.cursor_row != runs.index(selected):  # it scrolls there, so only when it has to
             self.move_cursor(row=runs.index(selected))
 
     @staticmethod
