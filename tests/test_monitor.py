@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import html
 import itertools
@@ -382,7 +383,7 @@ async def test_a_long_run_list_scrolls_to_the_selected_run(tmp_path):
     async with Shown(tmp_path) as (app, pilot):
         await pilot.press("s", "s", *["down"] * 40)
         await until(pilot, lambda: "run_29" in screen_text(app).splitlines()[5])
-        assert "run_29" == app.selected.name
+        assert app.selected.name == "run_29"
         app.screen.query_one("#runs").scroll_home(animate=False)
         app.show()  # does not take away what the wheel has brought
         await until(pilot, lambda: "run_00" in screen_text(app).splitlines()[1])
@@ -542,7 +543,8 @@ async def test_files_that_change_while_they_are_looked_at(tmp_path, monkeypatch)
         disturber.start()
         try:
             for key in ["[", "plus", "comma", "x", "w", "left", "m", "[", "m", "m", "m", "]", "l", "{"]:
-                await pilot.press(key)
+                app.simulate_key(key)  # does not wait for the screen to come to rest
+                await asyncio.sleep(0.06)
         finally:
             over.set()
             disturber.join()
