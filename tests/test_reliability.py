@@ -207,7 +207,8 @@ def test_a_second_signal_quits_at_once_and_leaves_whole_files(folder, tmp_path):
     run_dir = tmp_path / "run"
     code, out, _ = run(arguments(folder, run_dir), phase="step", at=13, signals=[signal.SIGINT, signal.SIGTERM])
     assert code == 143 and "continue with" not in out
-    assert all(verify(path) <= 13 for path in run_dir.glob("*.bin")) and verify(find_checkpoint(run_dir)[0]) == 10
+    assert all(verify(path) in (5, 10) for path in run_dir.glob("*.bin"))  # that of step 10 may still be under way
+    assert find_checkpoint(run_dir)[1] == []
     reader = RunReader(run_dir)
     reader.poll()
     assert reader.state == "crashed"  # run.json says running, and its process is gone
