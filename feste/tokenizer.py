@@ -19,15 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from feste import _bpe, _unicode
+from feste import _bpe, _unicode, tokenizer_files
+from feste.tokenizer_files import BYTE_CHARACTERS, TokenizerError, visible
 
 CHUNK_BYTES = 1 << 20         # text a thread takes at a time
-MAX_FILE_BYTES = 256 << 20    # of a tokenizer file; GPT-2's is 1.3 MB
 PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-
-class TokenizerError(ValueError):
-    """A tokenizer file that cannot be used, and why."""
 
 
 def _install_char_classes() -> None:
@@ -39,21 +35,8 @@ def _install_char_classes() -> None:
 _install_char_classes()
 
 
-def _byte_characters() -> list[str]:
-    """GPT-2's visible stand-in for each byte: itself where it prints in Latin-1, else U+0100 and up."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-BYTE_CHARACTERS = _byte_characters()
-CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 # Ids 0 .. 255 in the order of those characters, as in GPT-2 and in Hugging Face's trainer.
 BASE_BYTES = sorted(range(256), key=lambda byte: BYTE_CHARACTERS[byte])
-
-
-def _visible(token: bytes) -> str:
-    return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
 def _utf8(text: str) -> bytes:
@@ -203,7 +186,7 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """The tokenizer in the format of Hugging Face's `tokenizers`."""
-        visible = [_visible(token) for token in self.tokens]
+        names = [visible(token) for token in self.tokens]
         special = {i: text for text, i in self.special_tokens.items()}
         added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
                   "normalized": False, "special": True} for i, text in sorted(special.items())]
@@ -214,16 +197,15 @@ class BPETokenizer:
             "model": {
                 "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                "vocab": {token: i for i, token in enumerate(visible) if i not in special},
-                "merges": [[visible[a], visible[b]] for a, b in self.merges.tolist()],
+                "vocab": {token: i for i, token in enumerate(names) if i not in special},
+                "merges": [[names[a], names[b]] for a, b in self.merges.tolist()],
             },
         }, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the tokenizer") -> BPETokenizer:
         """The tokenizer of `to_json`. Anything else is a TokenizerError that names the source and the reason."""
-        from feste import tokenizer_files
-        return tokenizer_files.from_huggingface(cls, text, source)
+        return cls._made(tokenizer_files.from_huggingface(text, source), source)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json for feste and Hugging Face; the file is either the old one or the new one, whole."""
@@ -243,13 +225,19 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike, merges: str | os.PathLike | None = None) -> BPETokenizer:
         """Read a tokenizer: tokenizer.json, GPT-2's vocab.json with its merges.txt, or a tiktoken rank file."""
-        from feste import tokenizer_files
-        return tokenizer_files.load(cls, Path(path), None if merges is None else Path(merges))
+        parts = tokenizer_files.load(Path(path), None if merges is None else Path(merges))
+        return cls._made(parts, str(path))
+
+    @classmethod
+    def _made(cls, parts: tokenizer_files.Parts, source: str) -> BPETokenizer:
+        try:
+            return cls(*parts)
+        except TokenizerError as error:
+            raise TokenizerError(f"{source}: {error}") from None
 
     def export_tiktoken(self, path: str | os.PathLike) -> None:
         """Write the ranks in tiktoken's format. Special tokens are not part of it."""
-        from feste import tokenizer_files
-        tokenizer_files.write_tiktoken(self, Path(path))
+        tokenizer_files.write_tiktoken(Path(path), self.tokens, set(self.special_tokens.values()))
 
 
 class StreamDecoder:

@@ -12,24 +12,49 @@ import json
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
-from feste.tokenizer import CHARACTER_BYTES, MAX_FILE_BYTES, TokenizerError
-
-if TYPE_CHECKING:
-    from feste.tokenizer import BPETokenizer
+MAX_FILE_BYTES = 256 << 20  # of a tokenizer file; GPT-2's is 1.3 MB
 
 
-def load(cls: type[BPETokenizer], path: Path, merges: Path | None) -> BPETokenizer:
+class TokenizerError(ValueError):
+    """A tokenizer file that cannot be used, and why."""
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's visible stand-in for each byte: itself where it prints in Latin-1, else U+0100 and up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+def visible(token: bytes) -> str:
+    return "".join(BYTE_CHARACTERS[byte] for byte in token)
+
+
+class Parts(NamedTuple):
+    """What a tokenizer is made of: the bytes of each id, pairs of ids (n, 2) in the order of merging, special
+    tokens."""
+
+    tokens: list[bytes]
+    merges: np.ndarray
+    special_tokens: dict[str, int]
+
+
+def load(path: Path, merges: Path | None) -> Parts:
     """Read whichever format `path` has."""
     text = _read(path)
     if merges is not None:
-        return from_gpt2(cls, text, _read(merges), f"{path} and {merges}")
+        return from_gpt2(text, _read(merges), f"{path} and {merges}")
     if path.name == "vocab.json":
         raise TokenizerError(f"{path} holds no merges; name its merges.txt too: load(vocab_json, merges_txt)")
-    return from_huggingface(cls, text, str(path)) if text.lstrip()[:1] == "{" else from_tiktoken(cls, text, str(path))
+    return from_huggingface(text, str(path)) if text.lstrip()[:1] == "{" else from_tiktoken(text, str(path))
 
 
 def _read(path: Path) -> str:
@@ -56,7 +81,7 @@ def _parse(text: str, source: str) -> dict:
     return value
 
 
-def from_huggingface(cls: type[BPETokenizer], text: str, source: str) -> BPETokenizer:
+def from_huggingface(text: str, source: str) -> Parts:
     """Read tokenizer.json of `tokenizers`."""
     data = _parse(text, source)
     model = data.get("model")
@@ -74,7 +99,7 @@ def from_huggingface(cls: type[BPETokenizer], text: str, source: str) -> BPEToke
     for option in ("lstrip", "rstrip", "single_word"):
         if any(token.get(option) for token in added):
             raise TokenizerError(f"{source}: an added token sets {option}, which feste does not support")
-    return _build(cls, model.get("vocab"), [_split_merge(merge, source) for merge in merges],
+    return _build(model.get("vocab"), [_split_merge(merge, source) for merge in merges],
                   {token["content"]: token["id"] for token in added}, source)
 
 
@@ -105,18 +130,18 @@ def _split_merge(merge, source: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def from_gpt2(cls: type[BPETokenizer], vocab_text: str, merges_text: str, source: str) -> BPETokenizer:
+def from_gpt2(vocab_text: str, merges_text: str, source: str) -> Parts:
     """Read GPT-2's vocab.json and merges.txt; tokens outside the byte alphabet's merges are special."""
     vocab = _parse(vocab_text, source)
     lines = [line for line in merges_text.split("\n") if line and not line.startswith("#version")]
     merges = [_split_merge(line, source) for line in lines]
     made = {a + b for a, b in merges}
     special = {token: i for token, i in vocab.items() if len(token) > 1 and token not in made}
-    return _build(cls, {token: i for token, i in vocab.items() if token not in special}, merges, special, source)
+    return _build({token: i for token, i in vocab.items() if token not in special}, merges, special, source)
 
 
-def _build(cls: type[BPETokenizer], vocab, merges: list[tuple[str, str]], special: dict[str, int],
-           source: str) -> BPETokenizer:
+def _build(vocab, merges: list[tuple[str, str]], special: dict[str, int],
+           source: str) -> Parts:
     if not isinstance(vocab, dict):
         raise TokenizerError(f"{source}: the vocabulary is not a mapping of tokens to ids")
     ordinary = {token: i for token, i in vocab.items() if token not in special}
@@ -140,18 +165,10 @@ def _build(cls: type[BPETokenizer], vocab, merges: list[tuple[str, str]], specia
         raise TokenizerError(f"{source}: a special token has a lone surrogate") from None
     if len(set(tokens)) != size:
         raise TokenizerError(f"{source}: two ids stand for the same token")
-    return _made(cls, tokens, pairs, special, source)
+    return Parts(tokens, np.array(pairs, np.int32).reshape(-1, 2), special)
 
 
-def _made(cls: type[BPETokenizer], tokens: list[bytes], pairs: list[tuple[int, int]], special: dict[str, int],
-          source: str) -> BPETokenizer:
-    try:
-        return cls(tokens, np.array(pairs, np.int32).reshape(-1, 2), special)
-    except TokenizerError as error:
-        raise TokenizerError(f"{source}: {error}") from None
-
-
-def from_tiktoken(cls: type[BPETokenizer], text: str, source: str) -> BPETokenizer:
+def from_tiktoken(text: str, source: str) -> Parts:
     """Read a tiktoken rank file: a base64 token and its rank, which is its id, on each line."""
     tokens: dict[int, bytes] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -169,7 +186,7 @@ def from_tiktoken(cls: type[BPETokenizer], text: str, source: str) -> BPETokeniz
     ordered = [tokens[rank] for rank in range(len(tokens))]
     if len(set(ordered)) != len(ordered):
         raise TokenizerError(f"{source}: two ranks stand for the same token")
-    return _made(cls, ordered, _recover_merges(ordered, source), {}, source)
+    return Parts(ordered, np.array(_recover_merges(ordered, source), np.int32).reshape(-1, 2), {})
 
 
 def _recover_merges(tokens: list[bytes], source: str) -> list[tuple[int, int]]:
@@ -210,8 +227,6 @@ def _merge(symbols: list[int], made: dict[tuple[int, int], int]) -> list[int]:
     return [symbol for symbol in symbols if symbol >= 0]
 
 
-def write_tiktoken(tokenizer: BPETokenizer, path: Path) -> None:
-    special = set(tokenizer.special_tokens.values())
-    lines = [f"{base64.b64encode(token).decode()} {i}\n"
-             for i, token in enumerate(tokenizer.tokens) if i not in special]
+def write_tiktoken(path: Path, tokens: list[bytes], special_ids: set[int]) -> None:
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens) if i not in special_ids]
     path.write_text("".join(lines), encoding="ascii")

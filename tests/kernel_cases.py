@@ -280,7 +280,7 @@ def cross_entropy_cases() -> Iterator[Case]:
 def optimizer_cases() -> Iterator[Case]:
     for n in (1, 15, 16, 17, 8193, 40_000):
         yield Case("sum_of_squares", {"x": normal(n), "n": n}, (), lambda args, results: {
-            "return": relative_bound(results["return"], min(n, 8192), 0.0)}, str(n))
+            "return": relative_bound(results["return"], min(args["n"], 8192), 0.0)}, str(n))
         for zero_grad in (False, True):
             hyper = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
                      "grad_scale": 0.7, "t": 3, "zero_grad": zero_grad}

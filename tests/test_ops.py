@@ -224,7 +224,7 @@ def test_overlapping_outputs_are_refused(kernels, case):
 def test_indices_and_probabilities_out_of_range_are_refused(kernels):
     out, wte, wpe = np.zeros((1, 2, 3), np.float32), np.zeros((4, 3), np.float32), np.zeros((2, 3), np.float32)
     for bad in (-1, 4, 2**31 - 1):
-        with pytest.raises(ValueError, match=f"ids must lie in 0 .. 3, got {bad}"):
+        with pytest.raises(ValueError, match=rf"ids must lie in 0 \.\. 3, got {bad}"):
             kernels.embedding_forward(out, np.array([[0, bad]], np.int32), wte, wpe, 1, 2, 3)
     with pytest.raises(ValueError, match="positions"):
         kernels.embedding_forward(out, np.zeros((1, 2), np.int32), wte, wpe, 1, 2, 3, 1)

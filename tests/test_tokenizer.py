@@ -238,7 +238,7 @@ def huggingface_merges(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
 
 def check_merges(text: str, vocab_size: int) -> None:
     ours = BPETokenizer.train(text, vocab_size)
-    visible = [module._visible(token) for token in ours.tokens]
+    visible = [module.visible(token) for token in ours.tokens]
     assert [(visible[a], visible[b]) for a, b in ours.merges.tolist()] == huggingface_merges(text, vocab_size)
 
 

@@ -82,7 +82,8 @@ def train(tied: bool) -> dict[str, np.ndarray]:
         optimizer.step()
         losses.append(loss.item())
     tag = "tied" if tied else "untied"
-    return {f"{tag}/ids": ids.numpy().astype(np.int32), f"{tag}/losses": np.array(losses), f"{tag}/norms": np.array(norms),
+    return {f"{tag}/ids": ids.numpy().astype(np.int32),
+            f"{tag}/losses": np.array(losses), f"{tag}/norms": np.array(norms),
             **{f"{tag}/initial/{name}": value.numpy() for name, value in initial_parameters(tied).items()},
             **{f"{tag}/final/{name}": value.detach().numpy() for name, value in p.items()}}
 
