@@ -221,7 +221,8 @@ def attack_kernel(case, changes):
     for name, change in changes.items():
         if isinstance(case.args[name], np.ndarray):
             mutate, other = change
-            args[name] = mutate(args[name], args[other]) if isinstance(args[name], np.ndarray) else args[name]
+            if isinstance(args[name], np.ndarray) and args[other] is not None:
+                args[name] = mutate(args[name], args[other])
         else:
             args[name] = change
     try:
