@@ -57,14 +57,17 @@ cdef extern from "_simd.h" nogil:
 
 cnp.import_array()
 
+cdef enum:
+    MAX_THREADS = 1024
+
 cdef int n_threads = omp_get_max_threads()
 
 
 def set_num_threads(int n):
     """Set the number of threads of every kernel; 0 means one for each available core."""
     global n_threads
-    if n < 0:
-        raise ValueError(f"the number of threads must be 0 or more, got {n}")
+    if n < 0 or n > MAX_THREADS:
+        raise ValueError(f"the number of threads must lie in 0 .. {MAX_THREADS}, got {n}")
     n_threads = n if n > 0 else omp_get_max_threads()
 
 
@@ -76,8 +79,10 @@ def get_num_threads():
 
 cdef void* _array(cnp.ndarray x, int dtype, str dtype_name, Py_ssize_t rows, Py_ssize_t cols, str name,
                   bint output) except NULL:
+    if x is None:
+        raise TypeError(f"{name} must be a {dtype_name} array, got None")
     if (cnp.PyArray_TYPE(x) != dtype or not cnp.PyArray_ISCARRAY_RO(x) or cnp.PyArray_NDIM(x) == 0
-            or cnp.PyArray_SIZE(x) != rows * cols
+            or rows < 1 or cols < 1 or cnp.PyArray_SIZE(x) % cols != 0 or cnp.PyArray_SIZE(x) // cols != rows
             or (rows != 1 and cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != cols) or cnp.PyArray_SIZE(x) == 0
             or (output and not cnp.PyArray_ISWRITEABLE(x))):
         raise ValueError(
@@ -94,6 +99,15 @@ cdef inline float* input(cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, str na
 
 cdef inline float* output(cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, str name) except NULL:
     return <float*>_array(x, cnp.NPY_FLOAT32, "float32", rows, cols, name, True)
+
+
+cdef Py_ssize_t rows_of(cnp.ndarray x, Py_ssize_t C, str name) except -1:
+    """How many rows of C elements a table has, where no argument says so."""
+    if x is None:
+        raise TypeError(f"{name} must be a float32 array, got None")
+    if C < 1:
+        raise ValueError(f"C must be at least 1, got {C}")
+    return cnp.PyArray_SIZE(x) // C
 
 
 cdef int32_t* index(cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t bound, str name) except NULL:
@@ -705,7 +719,7 @@ def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarr
 
 def embedding_forward(cnp.ndarray out, cnp.ndarray ids, cnp.ndarray wte, cnp.ndarray wpe, Py_ssize_t B,
                       Py_ssize_t T, Py_ssize_t C, Py_ssize_t position=0):
-    cdef Py_ssize_t V = cnp.PyArray_SIZE(wte) // C, block_size = cnp.PyArray_SIZE(wpe) // C
+    cdef Py_ssize_t V = rows_of(wte, C, "wte"), block_size = rows_of(wpe, C, "wpe")
     cdef float* o = output(out, B * T, C, "out")
     cdef const float* te = input(wte, V, C, "wte")
     cdef const float* pe = input(wpe, block_size, C, "wpe")
@@ -726,7 +740,7 @@ def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp
                        Py_ssize_t T, Py_ssize_t C):
     # out[b, t] = wte[ids[b, t]] + wpe[t]   ->   dwte[ids[b, t]] += dout[b, t], dwpe[t] += dout[b, t]
     # A token may stand anywhere in the batch, so tasks share out the channels, and each adds in token order.
-    cdef Py_ssize_t V = cnp.PyArray_SIZE(dwte) // C, block_size = cnp.PyArray_SIZE(dwpe) // C
+    cdef Py_ssize_t V = rows_of(dwte, C, "dwte"), block_size = rows_of(dwpe, C, "dwpe")
     cdef float* te = output(dwte, V, C, "dwte")
     cdef float* pe = output(dwpe, block_size, C, "dwpe")
     cdef const float* do = input(dout, B * T, C, "dout")

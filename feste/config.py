@@ -103,6 +103,7 @@ class TrainConfig:
         for name in ("seed", "threads"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, f"{name} must be a non-negative integer, got {value!r}")
+        _require(self.threads <= 1024, f"threads must be at most 1024, got {self.threads}")
         _require(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         _require(self.on_nan in ("stop", "skip"), f"on_nan must be 'stop' or 'skip', got {self.on_nan!r}")
 

@@ -81,6 +81,9 @@ class BPETokenizer:
             merged = [ordinary[tokens[a] + tokens[b]] for a, b in self.merges.tolist()]
         except KeyError as error:
             raise TokenizerError(f"a merge makes {error.args[0]!r}, which is not in the vocabulary") from None
+        if len(set(merged)) != len(merged) or len(merged) != len(ordinary) - 256:
+            raise TokenizerError(f"{len(merged)} merges make {len(set(merged))} tokens, but the vocabulary has "
+                                 f"{len(ordinary) - 256} beside the bytes")
         self._merges = _bpe.Merges(base, self.merges, np.array(merged, np.int32))
         self._encoder = _bpe.Encoder(self._merges)
         self._arena = b"".join(tokens)
@@ -103,6 +106,8 @@ class BPETokenizer:
         smaller ids. vocab_size counts the 256 bytes and the special tokens, which get the last ids.
         """
         special = list(dict.fromkeys(special_tokens))
+        if not all(isinstance(token, str) and token for token in special):
+            raise TypeError(f"special_tokens must be non-empty strings, got {special}")
         if not isinstance(vocab_size, int) or vocab_size < 256 + len(special):
             raise ValueError(f"vocab_size must be at least 256, one id for each byte"
                              f"{f', and {len(special)} for the special tokens' if special else ''}, got {vocab_size}")
