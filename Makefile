@@ -15,11 +15,11 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "setuptools>=77" "cython>=3.1" "numpy>=2.0"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
 tiny: build

@@ -85,30 +85,27 @@ def isa_variants() -> list[str]:
 
 
 def extension(module: str, source: str, flags: list[str] = (), depends: list[str] = ()) -> Extension:
-    sanitize = SANITIZE if os.environ.get("FESTE_SANITIZE") else []
-    return Extension(
-        f"feste.{module}", [f"feste/{source}"],
-        depends=[f"feste/{name}" for name in depends],
-        include_dirs=[numpy.get_include(), "feste"],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        extra_compile_args=[*CFLAGS, "-fopenmp", *flags, *sanitize],
-        extra_link_args=["-fopenmp", *sanitize[:1]],
-    )
+    """One extension, translated in a build directory of its own, so that variants never share a C file.
 
-
-def compiled(ext: Extension) -> list[Extension]:
-    """Translate one extension in a build directory of its own, so that variants never share a C file."""
-    build_dir = f"build/cython/{ext.name.rpartition('.')[2]}"
-    return cythonize([ext], build_dir=build_dir, quiet=True, compiler_directives={
+    It gets its compiler flags only then: cythonize remembers those of a source file, and would hand the flags of one
+    variant on to the next.
+    """
+    bare = Extension(f"feste.{module}", [f"feste/{source}"], depends=[f"feste/{name}" for name in depends])
+    [ext] = cythonize([bare], build_dir=f"build/cython/{module}", quiet=True, compiler_directives={
         "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
         "initializedcheck": False, "embedsignature": True,
     })
+    sanitize = SANITIZE if os.environ.get("FESTE_SANITIZE") else []
+    ext.include_dirs = [numpy.get_include(), "feste"]
+    ext.define_macros = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+    ext.extra_compile_args = [*CFLAGS, "-fopenmp", *flags, *sanitize]
+    ext.extra_link_args = ["-fopenmp", *sanitize[:1]]
+    return ext
 
 
 def extensions() -> list[Extension]:
-    wanted = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=["_simd.h"]) for isa in isa_variants()]
-    wanted += [extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
-    return [ext for one in wanted if Path(one.sources[0]).exists() for ext in compiled(one)]
+    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=["_simd.h"]) for isa in isa_variants()]
+    return [*variants, extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
 
 
 if __name__ == "__main__":

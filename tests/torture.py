@@ -154,7 +154,7 @@ def child(order: dict) -> int:
     """Train as the examples do, one line a step, with a fault in the middle.
 
     phase: where it comes, at: in the how manieth call of that phase; signals: those the process sends itself;
-    vanish: a directory to delete; largest: bytes a file may have, which stands for a full disk.
+    vanish: a directory to move away; largest: bytes a file may have, which stands for a full disk.
     """
     from feste import cli, progress
     progress.LINE_SECONDS = 0.0
@@ -182,7 +182,7 @@ def _disturb(order: dict) -> None:
             for number in order.get("signals", ()):
                 os.kill(os.getpid(), number)
             if "vanish" in order:
-                shutil.rmtree(order["vanish"])
+                os.rename(order["vanish"], order["vanish"] + ".elsewhere")  # at once: the writer may be at work in it
         return original(*args, **kwargs)
 
     setattr(owner, name, staticmethod(disturbed) if name == "train" else disturbed)
