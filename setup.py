@@ -5,6 +5,7 @@ directory; `feste/ops.py` picks one when it is imported. Environment:
 
     FESTE_ISA_BUILD=native      build only the best variant this machine can run (the edit loop)
     FESTE_ISA_BUILD=NAME,...    build the named variants
+    FESTE_ISA_BUILD=none        compile nothing at all (an editable install beside `build_ext --inplace`)
     FESTE_SANITIZE=1            build with AddressSanitizer and UndefinedBehaviorSanitizer
 """
 
@@ -104,6 +105,8 @@ def extension(module: str, source: str, flags: list[str] = (), depends: list[str
 
 
 def extensions() -> list[Extension]:
+    if os.environ.get("FESTE_ISA_BUILD") == "none":
+        return []
     variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=["_simd.h"]) for isa in isa_variants()]
     return [*variants, extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
 
