@@ -194,7 +194,7 @@ def _disturb(order: dict) -> None:
 def kills(folder: Path, count: int, seed: int = 0) -> Tally:
     """Kill a run at random moments, resume it, kill it again; then compare it with a run that was left alone."""
     tally, rng, run_dir = Tally("SIGKILL at a random moment", detected=None), random.Random(seed), folder / "killed"
-    step, worst, steps = 0, 0, 100_000
+    step, worst, steps = 0, 0, 400_000  # more than can be made between so many kills
     for _ in range(count):
         if step == 0:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -218,20 +218,23 @@ def kills(folder: Path, count: int, seed: int = 0) -> Tally:
 
 def _kill_one(argv: list[str], rng: random.Random) -> int:
     """Start, kill, and return the last step the process told of (0: none)."""
-    process = start(argv)
-    if rng.random() < 0.2:
-        time.sleep(rng.uniform(0.0, 0.6))  # perhaps before the first step
-    else:
-        for line in process.stdout:
-            if line.startswith("step "):
-                break
-        time.sleep(rng.uniform(0.0, 0.25))
-    ended = process.poll()
-    process.kill()
-    out, err = process.communicate()
+    lines = []
+    with start(argv) as process:
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0.0, 0.6))  # perhaps before the first step
+        else:
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("step "):
+                    break
+            time.sleep(rng.uniform(0.0, 0.25))
+        ended = process.poll()
+        process.kill()
+        lines += process.stdout  # not communicate(), which would miss what was read ahead
+        err = process.stderr.read()
     if ended is not None:
-        raise AssertionError(f"the run ended by itself with {ended}: {err or out}")
-    told = [line for line in out.splitlines(keepends=True) if line.startswith("step ") and line.endswith("\n")]
+        raise AssertionError(f"the run ended by itself with {ended}: {err or lines}")
+    told = [line for line in lines if line.startswith("step ") and line.endswith("\n")]
     return int(told[-1].split()[1]) if told else 0
 
 
