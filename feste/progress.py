@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -15,29 +18,50 @@ REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
 
 
+def discard_output() -> None:
+    """From now on standard output goes nowhere: whoever read it has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextmanager
+def _outlived() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        discard_output()
+
+
 class Progress:
-    """Called with the record of every step."""
+    """Called with the record of every step. A pipe or terminal that is closed ends the display and not the run."""
 
     def __init__(self, config: TrainConfig, start: int = 0) -> None:
         self._val_loss, self._shown = None, 0.0
         self._bar: RichProgress | None = None
         if sys.stdout.isatty():
             self._bar = RichProgress(
-                BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+                BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
                 TextColumn("left"), console=Console(), auto_refresh=False)
             self._task = self._bar.add_task("train", total=config.num_steps, completed=start, loss="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
+            self._bar.console.show_cursor()  # a process that is killed cannot do it
         return self
 
     def __exit__(self, *error) -> None:
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
+            with _outlived():
+                self._bar.refresh()
+                self._bar.stop()
 
     def __call__(self, record: dict) -> None:
+        with _outlived():
+            self._show(record)
+
+    def _show(self, record: dict) -> None:
         validated = "val_loss" in record
         if validated:
             self._val_loss = record["val_loss"]
@@ -48,7 +72,7 @@ class Progress:
         loss = f"loss {record['train_loss']:.4f}"
         if self._val_loss is not None:
             loss += f"  val {self._val_loss:.4f}"
-        loss += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        loss += f"  {record['tokens_per_second']:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], loss=loss, refresh=True)
         else:
