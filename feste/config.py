@@ -98,7 +98,8 @@ class TrainConfig:
             _require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in ("beta1", "beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay!r}")
+        _require(0.0 <= self.weight_decay < float("inf"),
+                 f"weight_decay must be a finite number, not negative, got {self.weight_decay!r}")
         _require(0.0 < self.val_fraction < 1.0, f"val_fraction must be in (0, 1), got {self.val_fraction!r}")
         for name in ("seed", "threads"):
             value = getattr(self, name)
