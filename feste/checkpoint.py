@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 import threading
 import time
@@ -46,7 +47,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. optimizer and tokenizer are None if the file holds none."""
+    """A loaded checkpoint, and where it came from. optimizer and tokenizer are None if the file holds none."""
 
     model: GPT2
     tokenizer: BPETokenizer | None
@@ -56,6 +57,7 @@ class Checkpoint:
     best_step: int = 0
     train_config: dict | None = None
     trainer_state: dict = field(default_factory=dict)
+    path: Path | None = None
 
     @staticmethod
     def save(path: str | os.PathLike, model: GPT2, tokenizer: BPETokenizer | None = None,
@@ -296,6 +298,19 @@ def set_aside_later(directory: Path, step: int) -> list[Path]:
     return moved
 
 
+def restore_best(directory: Path, origin: Path, best_step: int) -> None:
+    """Give a run that goes on without its best checkpoint that file again, if it is to be found.
+
+    It was set aside, because a later step was better, or the run goes on in another directory than `origin`.
+    """
+    best = directory / "checkpoint_best.bin"
+    for source in (origin / best.name, origin / f"checkpoint_step_{best_step}.bin"):
+        if not best.exists() and source.exists() and _step_in_header(source) == best_step:
+            partial = best.with_name(best.name + TEMPORARY)
+            shutil.copy(source, partial)
+            os.replace(partial, best)
+
+
 def _step_in_header(path: Path) -> float:
     """The step a file claims to be of, without reading its tensors; infinity if it cannot be told."""
     try:
@@ -331,7 +346,7 @@ def _read(path: Path, precision: str | None) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     with _damage(path, "its tokenizer"):
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"], str(path)) if "tokenizer" in metadata else None
-    return Checkpoint(model, tokenizer, optimizer, step, best_val_loss, best_step, train_config, trainer_state)
+    return Checkpoint(model, tokenizer, optimizer, step, best_val_loss, best_step, train_config, trainer_state, path)
 
 
 def _run_state(metadata: Mapping[str, str]) -> tuple[int, float, int, dict | None, dict]:

@@ -42,11 +42,13 @@ def perplexity(loss: float) -> float:
 class RunLog:
     """Writes one run. A directory in use by another process is refused; the lock ends with the process.
 
-    info goes into run.json beside what is known of the process. With resume_step, the directory is that of an
-    earlier run: rows of later steps are dropped and the rest is kept.
+    info goes into run.json beside what is known of the process. With resume_step, an earlier run goes on: rows of
+    later steps are dropped and the rest is kept. If that run is in another directory, origin, its files stay as
+    they are, and run_dir must be new, as for a run from the beginning.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, info: dict, resume_step: int | None = None) -> None:
+    def __init__(self, run_dir: str | os.PathLike, info: dict, resume_step: int | None = None,
+                 origin: str | os.PathLike | None = None) -> None:
         self.path = Path(run_dir)
         self._lock, self._file, self._flushed = None, None, time.monotonic()
         self.info = info | {
@@ -55,7 +57,7 @@ class RunLog:
             "python": platform.python_version(), "numpy": np.__version__,
         }
         try:
-            self._open(resume_step)
+            self._open(resume_step, self.path if origin is None else Path(origin))
         except BaseException as error:
             self._release()
             if isinstance(error, FileExistsError):
@@ -65,11 +67,12 @@ class RunLog:
                 raise self.error(error) from error
             raise
 
-    def _open(self, resume_step: int | None) -> None:
-        self.path.mkdir(parents=True, exist_ok=resume_step is not None)
+    def _open(self, resume_step: int | None, origin: Path) -> None:
+        goes_on_here = resume_step is not None and origin.resolve() == self.path.resolve()
+        self.path.mkdir(parents=True, exist_ok=goes_on_here)
         self._lock = _take_lock(self.path)
         if resume_step is not None:
-            _drop_rows_after(self.path / LOG_NAME, resume_step)
+            _copy_rows(origin / LOG_NAME, self.path / LOG_NAME, resume_step)
         self._file = open(self.path / LOG_NAME, "a", encoding="utf-8", newline="")  # noqa: SIM115
         self._writer = _csv_writer(self._file)
         if self._file.tell() == 0:
@@ -186,6 +189,12 @@ def _cell(value) -> str:
     return f"{value:.8g}" if isinstance(value, float) else str(value)
 
 
+def require_free(run_dir: str | os.PathLike) -> None:
+    """RunLogError if a process is training in the directory."""
+    if Path(run_dir, LOCK_NAME).exists():
+        os.close(_take_lock(Path(run_dir)))
+
+
 def _take_lock(directory: Path) -> int:
     fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -197,18 +206,18 @@ def _take_lock(directory: Path) -> int:
     return fd
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Keep the rows up to a step; the file is replaced as a whole. A torn last row is dropped too."""
-    if not path.exists():
+def _copy_rows(source: Path, path: Path, last: int) -> None:
+    """A log of the rows of another, or of itself, up to a step. Replaced as a whole; a torn last row is dropped."""
+    if not source.exists():
         return
     # A row may be torn within a character: bytes that are not UTF-8 go through unchanged.
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with open(source, encoding="utf-8", errors="surrogateescape", newline="") as file:
         text = file.read()
     try:
         rows = list(csv.reader(io.StringIO(text)))
     except csv.Error as error:
-        raise RunLogError(f"{path} is damaged ({error}); rename it, and the resumed run begins a new one") from error
-    kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+        raise RunLogError(f"{source} is damaged ({error}); rename it, and the resumed run begins a new one") from error
+    kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= last]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         _csv_writer(file).writerows([COLUMNS, *kept])

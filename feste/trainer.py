@@ -16,18 +16,26 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from feste import ops
-from feste.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, remove_partial, set_aside_later
+from feste.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    find_checkpoint,
+    remove_partial,
+    restore_best,
+    set_aside_later,
+)
 from feste.config import TrainConfig
 from feste.data import Batches, require_window, split_tokens, validation_windows
 from feste.model import GPT2
 from feste.optim import AdamW, learning_rate_at
-from feste.runlog import RunLog, perplexity
+from feste.runlog import RunLog, perplexity, require_free
 from feste.tokenizer import BPETokenizer
 
 SAMPLE_TEMPERATURE = 0.8
@@ -36,7 +44,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 CHANGEABLE = {"num_steps", "learning_rate", "patience", "threads", "keep_last", "checkpoint_interval", "on_nan"}
 
 ADVICE = ("the learning rate may be too high: try half of it. If that does not help, look for damaged text in the "
-          "corpus. The last good checkpoint is kept")
+          "corpus. The checkpoints so far are from before and stay")
 
 
 class TrainingDiverged(RuntimeError):
@@ -68,30 +76,59 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, num
     settings are the other fields of TrainConfig. With run_dir, the run is logged and checkpointed there (see
     runlog and checkpoint); info is added to its run.json. on_step is called with the record of every step.
     resume continues a run from its checkpoint to the bit; if it is a path, run_dir defaults to the directory of
-    that run. Without resume, an optimizer may be handed over to go on with its moments as a new run.
+    that run. Another run_dir must be new: it begins with the rows up to the checkpoint, and the old one stays as it
+    is. Without resume, an optimizer may be handed over to go on with its moments as a new run; its betas, eps and
+    weight_decay are then the run's.
 
     Raises ValueError for data or settings that do not fit, before anything is written, and TrainingDiverged.
     """
     config = TrainConfig(num_steps=num_steps, learning_rate=learning_rate, seq_len=seq_len,
-                         precision=model.precision, **settings)
+                         precision=model.precision, **_optimizer_settings(model, optimizer, settings))
     tokens = _tokens(model, tokenizer, text)
     if optimizer is None:
         optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     run = _Run(model, tokenizer, optimizer, tokens, config)
     if resume is not None:
         if not isinstance(resume, Checkpoint):
-            path, passed_over = find_checkpoint(resume)
-            for line in passed_over:
-                warnings.warn(f"passed over: {line}", stacklevel=2)
-            resume, run_dir = Checkpoint.load(path), path.parent if run_dir is None else run_dir
+            resume = checkpoint_to_resume(resume, run_dir)
+            run_dir = resume.path.parent if run_dir is None else run_dir
         run.restore(resume)
     ops.set_num_threads(config.threads)
     if run_dir is None:
         with _StopSignals() as stop:
             return run.loop(_NoFiles(), stop, on_step)
-    log = RunLog(run_dir, run.description() | (info or {}), resume_step=run.step if resume is not None else None)
+    origin = resume.path.parent if resume is not None and resume.path is not None else Path(run_dir)
+    log = RunLog(run_dir, run.description() | (info or {}), None if resume is None else run.step, origin)
     with log, _StopSignals() as stop:
-        return run.loop(_Files(log, run), stop, on_step)
+        return run.loop(_Files(log, run, origin), stop, on_step)
+
+
+def checkpoint_to_resume(path: str | os.PathLike, run_dir: str | os.PathLike | None = None) -> Checkpoint:
+    """The newest whole checkpoint of a run, or the one named; a warning for each damaged one that was passed over.
+
+    A run that goes on in its own directory must not be training there: its trainer deletes old checkpoints.
+    """
+    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    if run_dir is None or Path(run_dir).resolve() == directory.resolve():
+        require_free(directory)
+    found, passed_over = find_checkpoint(path)
+    for line in passed_over:
+        warnings.warn(f"passed over: {line}", stacklevel=3)
+    return Checkpoint.load(found)
+
+
+def _optimizer_settings(model: GPT2, optimizer: AdamW | None, settings: dict) -> dict:
+    """The settings, with those of an optimizer that was handed over: the run must say what it does."""
+    if optimizer is None:
+        return settings
+    if optimizer.model is not model:
+        raise ValueError("the optimizer is that of another model; make one with AdamW(model)")
+    own = {"beta1": optimizer.betas[0], "beta2": optimizer.betas[1], "eps": optimizer.eps,
+           "weight_decay": optimizer.weight_decay}
+    for name, value in own.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{name}={settings[name]}, but the optimizer has {value}")
+    return settings | own
 
 
 def _tokens(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray) -> np.ndarray:
@@ -288,7 +325,7 @@ class _NoFiles:
 class _Files:
     """The run directory of a run: which checkpoint is due when, and how the log ends."""
 
-    def __init__(self, log: RunLog, run: _Run) -> None:
+    def __init__(self, log: RunLog, run: _Run, origin: Path) -> None:
         self._log, self._run = log, run
         self._writer = CheckpointWriter(run.config.keep_last)
         try:
@@ -296,6 +333,7 @@ class _Files:
             for path in set_aside_later(log.path, run.step):
                 warnings.warn(f"the run goes on at step {run.step + 1}; a checkpoint of a later step is now {path}",
                               stacklevel=3)
+            restore_best(log.path, origin, run.best_step)
             if not (log.path / "tokenizer.json").exists():
                 run.tokenizer.save(log.path / "tokenizer.json")
         except OSError as error:
@@ -367,3 +405,6 @@ class _StopSignals:
         if self.signal is not None:
             os._exit(128 + number)  # files are whole at every instant, so nothing needs to be finished
         self.signal = number
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{signal.Signals(number).name}: stops and saves after this step; once more quits at "
+                        "once\n".encode())
