@@ -9,8 +9,9 @@ import argparse
 import math
 import shutil
 import sys
-import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,13 +24,13 @@ from feste.config import PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import read_text, shakespeare_text
 from feste.data import load_tokens, split_tokens, validation_windows
 from feste.model import GPT2
-from feste.optim import AdamW
 from feste.params import ParameterTable
-from feste.progress import Progress
-from feste.runlog import RunLogError, read_info
+from feste.progress import Progress, discard_output
+from feste.runlog import read_info
 from feste.tokenizer import BPETokenizer
-from feste.trainer import CHANGEABLE, TrainingDiverged, TrainResult, train_gpt2
+from feste.trainer import CHANGEABLE, TrainingDiverged, TrainResult, checkpoint_to_resume, train_gpt2
 
+SHAKESPEARE = "the complete works of Shakespeare"
 PROMPTS = ("To be, or not to be", "ROMEO:\n", "My lord, ")
 TEMPERATURES = (0.5, 0.8, 1.0)
 SAMPLE_TOKENS = 80
@@ -52,11 +53,19 @@ def run_preset(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(action) -> int:
-    """Run an action; turn what a user can mend into one line on standard error."""
+    """Run an action; turn what a user can mend into one line on standard error, and warnings into a line each."""
     try:
-        return action()
-    except (ValueError, RunLogError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: print(f"note: {message}")
+            return action()
+    except BrokenPipeError:
+        discard_output()
+        return 1
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"error: not enough memory ({error}); choose a smaller model, --batch-size or --seq-len", file=sys.stderr)
         return 2
     except TrainingDiverged as error:
         print(f"error: training diverged at {error}", file=sys.stderr)
@@ -74,7 +83,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         "(default: the complete works of Shakespeare)")
     parser.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
     parser.add_argument("--tokenizer-chars", type=int, metavar="N", help="make the tokenizer from the first N")
-    parser.add_argument("--run-dir", metavar="DIR", help="new directory of the run (default: data/NAME_TIME)")
+    parser.add_argument("--run-dir", metavar="DIR", help="new directory of the run (default: data/NAME_TIME, or the "
+                        "one that is resumed)")
     parser.add_argument("--resume", metavar="PATH", help="continue the run of a directory or checkpoint, to the bit")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
     model, train = parser.add_argument_group("model"), parser.add_argument_group("training")
@@ -83,12 +93,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             _add_flag(group, f.name, type(f.default), f.metadata.get("help") or MODEL_HELP[f.name])
 
 
+def _flag(name: str) -> str:
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
 def _add_flag(group, name: str, kind: type, help_text: str) -> None:
-    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
     if kind is bool:
-        group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=help_text)
+        group.add_argument(_flag(name), dest=name, action=argparse.BooleanOptionalAction, help=help_text)
     else:
-        group.add_argument(flag, dest=name, type=kind, choices=CHOICES.get(name), help=help_text,
+        group.add_argument(_flag(name), dest=name, type=kind, choices=CHOICES.get(name), help=help_text,
                            metavar=None if name in CHOICES else kind.__name__.upper())
 
 
@@ -107,48 +120,65 @@ class Plan:
     tokens: np.ndarray
     train: TrainConfig
     run_dir: Path
+    info: dict
     resume: Checkpoint | None = None
-    optimizer: AdamW | None = None
-    info: dict | None = None
 
 
 def run_training(preset: Preset, args: argparse.Namespace) -> int:
-    plan = _resumed(args) if args.resume else _new(preset, args)
+    plan = _resumed(args) if args.resume is not None else _new(preset, args)
     announce(plan)
+    _refuse_full_disk(plan)
     if args.dry_run:
         print_estimate(plan)
         return 0
-    _refuse_full_disk(plan)
     with Progress(plan.train, start=plan.resume.step if plan.resume else 0) as progress:
-        result = train_gpt2(plan.model, plan.tokenizer, plan.tokens, run_dir=plan.run_dir, optimizer=plan.optimizer,
-                            resume=plan.resume, on_step=progress, info=plan.info, **plan.train.to_dict_for_call())
+        result = _train(plan, plan.run_dir, progress)
     return finish(plan, result)
 
 
+def _train(plan: Plan, run_dir: Path | None, on_step: Callable[[dict], None]) -> TrainResult:
+    return train_gpt2(plan.model, plan.tokenizer, plan.tokens, run_dir=run_dir, resume=plan.resume,
+                      optimizer=plan.resume and plan.resume.optimizer, on_step=on_step, info=plan.info,
+                      **plan.train.to_dict_for_call())
+
+
 def _new(preset: Preset, args: argparse.Namespace) -> Plan:
-    source, checkpoint = args.data or "the complete works of Shakespeare", None
-    if getattr(args, "checkpoint", None):
-        checkpoint = Checkpoint.load(find_checkpoint(args.checkpoint, prefer="best")[0], precision=args.precision)
-        if checkpoint.tokenizer is None:
-            raise ValueError(f"{args.checkpoint} holds no tokenizer, which fine-tuning needs")
-        _refuse_other_model(checkpoint.model.config, _named(args, Config), args.checkpoint)
-        config = checkpoint.model.config
-    else:
-        config = replace(preset.model, **_named(args, Config))
-    train = _train_config(preset, config, args)
-    tokens, tokenizer = _load_data(preset, args, config, checkpoint.tokenizer if checkpoint else None)
-    if tokenizer.vocab_size < config.vocab_size and checkpoint is None:
-        print(f"the text yields {tokenizer.vocab_size} tokens, so the model has a vocabulary of that size, "
-              f"not {config.vocab_size}")
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    model = checkpoint.model if checkpoint else GPT2(config, train.seed, train.precision)
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    run_dir = Path(args.run_dir) if args.run_dir else Path("data", f"shakespeare_{preset.name}_{stamp}")
+    run_dir = Path("data", f"shakespeare_{preset.name}_{stamp}") if args.run_dir is None else Path(args.run_dir)
     if run_dir.exists():
         raise ValueError(f"{run_dir} exists; a run directory is never reused. Choose another --run-dir, or continue "
                          "that run with --resume")
-    info = {"name": preset.name, "source": source, "data_flags": _data_flags(preset, args)}
-    return Plan(preset.name, model, tokenizer, tokens, train, run_dir, info=info)
+    data = _data_flags(preset, args)
+    info = {"name": preset.name, "source": args.data or SHAKESPEARE, "data_flags": data}
+    if getattr(args, "checkpoint", None) is not None:
+        return _fine_tuning(preset, args, run_dir, info)
+    config = replace(preset.model, **_named(args, Config))
+    train = _train_config(preset, config, args)
+    tokens, tokenizer = _load_data(data, config.vocab_size)
+    if args.vocab_size is not None and args.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"--vocab-size {args.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+                         f"{args.data}; leave it out")
+    # The tokenizer decides: a text may yield fewer tokens, and a directory of tokens has its own.
+    model = GPT2(replace(config, vocab_size=tokenizer.vocab_size), train.seed, train.precision)
+    return Plan(preset.name, model, tokenizer, tokens, train, run_dir, info)
+
+
+def _fine_tuning(preset: Preset, args: argparse.Namespace, run_dir: Path, info: dict) -> Plan:
+    """The plan of a new run that begins with the parameters and the tokenizer of a checkpoint."""
+    checkpoint = Checkpoint.load(find_checkpoint(args.checkpoint, prefer="best")[0], precision=args.precision)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} holds no tokenizer, which fine-tuning needs")
+    if args.tokenizer_chars is not None:
+        raise ValueError("--checkpoint brings its own tokenizer; leave out --tokenizer-chars")
+    differences = [f"{name}={getattr(model.config, name)}, not {value}" for name, value in _named(args, Config).items()
+                   if getattr(model.config, name) != value]
+    if differences:
+        raise ValueError(f"the checkpoint {args.checkpoint} is a model with {'; '.join(differences)}; leave those "
+                         "flags out")
+    train = replace(_train_config(preset, model.config, args), precision=model.precision)
+    tokens, _ = _load_data(info["data_flags"], tokenizer.vocab_size, tokenizer)
+    return Plan(preset.name, model, tokenizer, tokens, train, run_dir, info)
 
 
 def _train_config(preset: Preset, config: Config, args: argparse.Namespace) -> TrainConfig:
@@ -162,72 +192,80 @@ def _train_config(preset: Preset, config: Config, args: argparse.Namespace) -> T
     return train
 
 
-def _refuse_other_model(config: Config, named: dict, path: str) -> None:
-    differences = [f"{name}={getattr(config, name)}, not {value}" for name, value in named.items()
-                   if getattr(config, name) != value]
-    if differences:
-        raise ValueError(f"the checkpoint {path} is a model with {'; '.join(differences)}; leave those flags out")
-
-
 def _data_flags(preset: Preset, args: argparse.Namespace) -> dict:
-    """Where the text came from, kept in run.json so that --resume finds it again."""
-    return {"data": args.data, "train_chars": args.train_chars or preset.train_chars,
-            "tokenizer_chars": args.tokenizer_chars or preset.tokenizer_chars}
+    """Which text, and how much of it; kept in run.json so that --resume finds it again from anywhere."""
+    limits = {"train_chars": preset.train_chars, "tokenizer_chars": preset.tokenizer_chars}
+    named = {name: getattr(args, name) for name in limits if getattr(args, name) is not None}
+    for name, value in named.items():
+        if value < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
+    if args.data is None:
+        return {"data": None} | limits | named
+    path = Path(args.data).absolute()
+    if not path.is_dir():
+        return {"data": str(path)} | limits | named
+    if named:
+        raise ValueError(f"{_flag(min(named))} is for texts, and {args.data} is a directory; leave it out")
+    return {"data": str(path)}
 
 
-def _load_data(preset: Preset, args: argparse.Namespace, config: Config,
-               tokenizer: BPETokenizer | None) -> tuple[np.ndarray, BPETokenizer]:
-    flags = _data_flags(preset, args)
-    for name in ("train_chars", "tokenizer_chars"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.data and Path(args.data).is_dir():
-        tokens, shard_tokenizer = load_tokens(args.data)
-        return tokens, tokenizer or shard_tokenizer
-    text = read_text(args.data) if args.data else shakespeare_text()
+def _load_data(flags: dict, vocab_size: int, tokenizer: BPETokenizer | None = None) -> tuple[np.ndarray, BPETokenizer]:
+    """The tokens of a text or of a directory, and the tokenizer: the given one, or one made for the text."""
+    data = flags.get("data")
+    if data is not None and Path(data).is_dir():
+        tokens, made_with = load_tokens(data)
+        if tokenizer is not None and tokenizer.to_json() != made_with.to_json():
+            raise ValueError(f"the tokens in {data} were made with another tokenizer than that of the checkpoint; "
+                             "make them again with its tokenizer.json, or name a text file")
+        return tokens, made_with
+    text = shakespeare_text() if data is None else read_text(data)
     if tokenizer is None:
-        tokenizer = BPETokenizer.train(text[:flags["tokenizer_chars"]], config.vocab_size)
-    return tokenizer.encode_to_numpy(text[:flags["train_chars"]]), tokenizer
+        tokenizer = BPETokenizer.train(text[:flags["tokenizer_chars"]], vocab_size)
+    return tokenizer.encode_to_numpy(text[:flags.get("train_chars")]), tokenizer
 
 
 def _resumed(args: argparse.Namespace) -> Plan:
     """The plan of a run that is in its directory already."""
-    path, passed_over = find_checkpoint(args.resume)
-    for line in passed_over:
-        print(f"passed over: {line}")
-    checkpoint = Checkpoint.load(path)
+    for name in ("checkpoint", "tokenizer_chars"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"{_flag(name)} is for new runs, and --resume continues one; leave one of them out")
+    checkpoint = checkpoint_to_resume(args.resume, args.run_dir)
     if checkpoint.optimizer is None or checkpoint.tokenizer is None or checkpoint.train_config is None:
-        raise ValueError(f"{path} serves inference only; training cannot continue from it")
-    run_dir = path.parent
-    info = read_info(run_dir)
-    flags = info.get("data_flags", {})
+        raise ValueError(f"{checkpoint.path} serves inference only; training cannot continue from it")
     named = _named(args, TrainConfig) | _named(args, Config)
-    refused = sorted(set(named) - CHANGEABLE)
-    if refused:
-        raise ValueError(f"{', '.join(refused)} cannot change when a run is resumed; only "
-                         f"{', '.join(sorted(CHANGEABLE))} can")
-    if args.run_dir and Path(args.run_dir) != run_dir:
-        raise ValueError(f"a resumed run continues in its own directory, {run_dir}; leave out --run-dir")
-    data = args.data or flags.get("data")
-    tokens = _tokens_again(data, args.train_chars or flags.get("train_chars"), checkpoint.tokenizer)
-    train = replace(TrainConfig.from_dict(checkpoint.train_config), **named)
-    _say_what_changes(checkpoint, train)
+    _refuse_changes(checkpoint.train_config | checkpoint.model.config.to_dict(), named)
+    info = read_info(checkpoint.path.parent)
+    flags = info.setdefault("data_flags", {})
+    if args.data is not None:  # it has moved; whether it is the same text is seen by its tokens
+        flags["data"] = info["source"] = str(Path(args.data).absolute())
+    if args.train_chars is not None:
+        flags["train_chars"] = args.train_chars
+    train = replace(TrainConfig.from_dict(checkpoint.train_config), **_named(args, TrainConfig))
+    _say_what_changes(checkpoint, train, info.get("state"))
+    tokens, tokenizer = _load_data(flags, checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
     kept = {key: info[key] for key in ("name", "source", "data_flags") if key in info}
-    return Plan(info.get("name", "resumed"), checkpoint.model, checkpoint.tokenizer, tokens, train, run_dir,
-                resume=checkpoint, optimizer=checkpoint.optimizer, info=kept)
+    run_dir = checkpoint.path.parent if args.run_dir is None else Path(args.run_dir)
+    return Plan(info.get("name", "resumed"), checkpoint.model, tokenizer, tokens, train, run_dir, kept,
+                resume=checkpoint)
 
 
-def _tokens_again(data: str | None, train_chars: int | None, tokenizer: BPETokenizer) -> np.ndarray:
-    if data and Path(data).is_dir():
-        return load_tokens(data)[0]
-    text = read_text(data) if data else shakespeare_text()
-    return tokenizer.encode_to_numpy(text[:train_chars])
+def _refuse_changes(saved: dict, named: dict) -> None:
+    refused = [f"{_flag(name)} was {saved.get(name)} and is {value}" for name, value in named.items()
+               if value != saved.get(name) and name not in CHANGEABLE]
+    if refused:
+        allowed = ", ".join(sorted(_flag(name) for name in {*CHANGEABLE, "run_dir"}))
+        raise ValueError(f"this is not the run of the checkpoint: {'; '.join(refused)}. Only {allowed} may change "
+                         "when a run is resumed")
 
 
-def _say_what_changes(checkpoint: Checkpoint, train: TrainConfig) -> None:
+def _say_what_changes(checkpoint: Checkpoint, train: TrainConfig, state: str | None) -> None:
     saved = TrainConfig.from_dict(checkpoint.train_config)
     if checkpoint.step >= train.num_steps:
         raise ValueError(f"the run has made all of its {checkpoint.step} steps; extend it with --steps N, N larger")
+    idle = checkpoint.step - checkpoint.best_step
+    if state == "early_stopped" and idle >= train.patience:
+        raise ValueError(f"the run stopped early, after {idle} steps without a better validation loss; extend it with "
+                         "--patience N, N larger")
     if train.num_steps != saved.num_steps:
         print(f"steps {saved.num_steps} -> {train.num_steps}: the schedule is stretched, so the learning rate goes on "
               "at the new schedule's value for this step, not where the old one ended")
@@ -249,10 +287,13 @@ def announce(plan: Plan) -> None:
     if t.precision == "bf16" and ops.isa != "avx512":
         print("this CPU has no bfloat16 instructions: the same numbers, slower than fp32")
     n_val = len(plan.tokens) - len(split_tokens(plan.tokens, t.val_fraction)[0])
-    print(f"data: {len(plan.tokens):,} tokens, the last {n_val:,} held out; "
-          f"{t.tokens_per_step:,} tokens a step ({t.batch_size} x {t.accumulation} sequences of {t.seq_len})")
+    chars = plan.info.get("data_flags", {}).get("train_chars")
+    limit = f"at most {chars:,} characters of " if chars else ""
+    print(f"data: {limit}{plan.info.get('source', SHAKESPEARE)}: {len(plan.tokens):,} tokens, the last {n_val:,} held "
+          f"out; {t.tokens_per_step:,} tokens a step ({t.batch_size} x {t.accumulation} sequences of {t.seq_len})")
     where = f"continues at step {plan.resume.step + 1} in" if plan.resume else "goes to"
-    print(f"run: {t.num_steps:,} steps; {where} {plan.run_dir}", flush=True)
+    print(f"run: {t.num_steps:,} steps; {where} {plan.run_dir}, which takes up to {disk_bytes(plan) / 1e6:,.0f} MB of "
+          "disk", flush=True)
 
 
 def disk_bytes(plan: Plan) -> int:
@@ -263,32 +304,39 @@ def disk_bytes(plan: Plan) -> int:
 
 
 def _refuse_full_disk(plan: Plan) -> None:
-    existing = next(p for p in [plan.run_dir.absolute(), *plan.run_dir.absolute().parents] if p.exists())
+    run_dir = plan.run_dir.absolute()
+    existing = next(p for p in [run_dir, *run_dir.parents] if p.exists())
     free, needed = shutil.disk_usage(existing).free, disk_bytes(plan)
+    if run_dir == existing:  # a run that is resumed has part of it already; names may be links to one file
+        needed -= sum({file.stat().st_ino: file.stat().st_size for file in run_dir.glob("*.bin")}.values())
     if free < needed:
         raise ValueError(f"the run needs about {needed / 1e6:,.0f} MB of disk and {existing} has {free / 1e6:,.0f} MB; "
                          "free some, lower --keep-last, or choose another --run-dir")
 
 
+class _Enough(Exception):
+    pass
+
+
 def print_estimate(plan: Plan) -> None:
-    """Sizes, and the time of a few timed steps, scaled."""
-    t, model = plan.train, plan.model
-    ids = np.resize(plan.tokens[:t.seq_len * t.batch_size].astype(np.int32), (t.batch_size, t.seq_len))
-    optimizer = AdamW(model)
-    seconds = []
-    for _ in range(TIMED_STEPS + 1):  # the first one also takes the memory
-        begun = time.perf_counter()
-        for _ in range(t.accumulation):
-            model.forward_backward(ids, ids, 1.0 / t.accumulation)
-        optimizer.step(0.0, t.clip_norm, zero_grad=True)
-        seconds.append(time.perf_counter() - begun)
-    step = float(np.median(seconds[1:]))
+    """Memory, and the time of the first steps of the run itself, scaled. It has no directory, so it writes nothing."""
+    t, model, speeds = plan.train, plan.model, []
+
+    def stop_soon(record: dict) -> None:
+        speeds.append(record["tokens_per_second"])
+        if len(speeds) > TIMED_STEPS:
+            raise _Enough
+
+    with suppress(_Enough):
+        _train(plan, None, stop_soon)
+    per_second = float(np.median(speeds[1:] or speeds)) / t.tokens_per_step  # the first one also takes the memory
+    steps = t.num_steps - (plan.resume.step if plan.resume else 0)
     print(f"memory: about {model.memory_bytes(t.batch_size, t.seq_len) / 1e6:,.0f} MB to train, and "
           f"{12 * model.num_parameters() / 1e6:,.0f} MB for the snapshot that is being saved")
-    print(f"disk: about {disk_bytes(plan) / 1e6:,.0f} MB")
-    print(f"time: {1 / step:.3g} steps a second, so {_duration(step * t.num_steps)} for {t.num_steps:,} steps, "
+    speed = f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+    print(f"time: {speed} steps a second, so {_duration(steps / per_second)} for {steps:,} steps, "
           "without validation and samples")
-    print("dry run: nothing was written")
+    print("dry run: no run directory was made")
 
 
 def _duration(seconds: float) -> str:

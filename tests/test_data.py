@@ -73,7 +73,7 @@ def test_text_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CorpusError, match=message):
             read_text(path)
-    with pytest.raises(CorpusError, match="cannot read .*missing.txt: No such file"):
+    with pytest.raises(CorpusError, match=r"cannot read .*missing\.txt: No such file"):
         read_text(tmp_path / "missing.txt")
     with pytest.raises(CorpusError, match="cannot read"):
         read_text(tmp_path)

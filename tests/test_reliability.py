@@ -185,7 +185,8 @@ def test_a_signal_saves_at_a_step_boundary(folder, tmp_path, phase, number):
     run_dir = tmp_path / "run"
     code, out, err = run(arguments(folder, run_dir), phase=phase, at=torture.PHASES[phase], signals=[number])
     assert code == 128 + number, err
-    assert f"continue with: --resume {run_dir}" in out and err == ""
+    assert f"continue with: --resume {run_dir}" in out
+    assert err == f"\n{signal.Signals(number).name}: stops and saves after this step; once more quits at once\n"
     info = read_info(run_dir)
     assert (info["state"], info["reason"]) == ("interrupted", signal.Signals(number).name)
     step = verify(find_checkpoint(run_dir)[0])
@@ -261,6 +262,17 @@ def test_a_failed_start_lets_go_of_the_lock(tmp_path):
         RunLog(tmp_path / "run", {})
     with RunLog(tmp_path / "run", {}, resume_step=0), pytest.raises(RunLogError, match="in use"):
         RunLog(tmp_path / "run", {}, resume_step=0)
+
+
+def test_run_json_is_the_old_one_or_the_new_one(tmp_path):
+    with RunLog(tmp_path / "run", {}) as log:
+        before = read_info(tmp_path / "run")
+        for name in ("fsync", "replace"):
+            with failing_call(name, 1, errno.ENOSPC), pytest.raises(RunLogError, match="No space left"):
+                log.update(step=7)
+            assert read_info(tmp_path / "run") == before
+        log.update(step=8)
+        assert read_info(tmp_path / "run")["step"] == 8
 
 
 def test_a_close_that_fails_says_so_in_run_json(tmp_path):

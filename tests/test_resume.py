@@ -12,8 +12,10 @@ import torture
 from torture import CONFIG, differences, history, save_example, train
 
 from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, train_gpt2
-from feste.checkpoint import CheckpointError, find_checkpoint
+from feste.checkpoint import CheckpointError, find_checkpoint, verify
+from feste.cli import run_preset
 from feste.optim import learning_rate_at
+from feste.runlog import RunLogError, read_info
 
 
 def half_of(whole: Path, at: int, to: Path) -> Path:
@@ -180,6 +182,51 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path):
     assert [int(row[0]) for row in history(run_dir)] == list(range(1, 9))
 
 
+def test_the_best_checkpoint_of_the_past_comes_back(tmp_path):
+    """Going back sets the later best one aside; the one of then is still there under another name."""
+    run_dir = tmp_path / "run"
+    train(run_dir, num_steps=20, keep_last=9)
+    at = Checkpoint.load(run_dir / "checkpoint_step_10.bin")
+    assert at.best_step <= 10 < Checkpoint.load(run_dir / "checkpoint_best.bin").step
+    with pytest.warns(UserWarning, match="a checkpoint of a later step"), pytest.raises(ZeroDivisionError):
+        train(run_dir, resume=run_dir / "checkpoint_step_10.bin", num_steps=20, keep_last=9,
+              on_step=lambda record: 1 / 0)
+    assert verify(run_dir / "checkpoint_best.bin") == at.best_step
+
+
+def test_a_run_may_go_on_in_another_directory(tmp_path):
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    train(whole, keep_last=9)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    train(copy, resume=whole / "checkpoint_step_15.bin", keep_last=9)
+    assert_same_run(whole, copy)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    with pytest.raises(RunLogError, match="exists; a run directory is never reused"):
+        train(copy, resume=whole / "checkpoint_step_15.bin", keep_last=9)
+
+
+def test_an_early_stopped_run_needs_more_patience(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert run_preset("tiny", torture.arguments(tmp_path, run_dir, learning_rate=1e-12, patience=6)) == 0
+    stopped = read_info(run_dir)
+    assert stopped["state"] == "early_stopped" and stopped["step"] < 30
+    capsys.readouterr()
+    assert run_preset("tiny", ["--resume", str(run_dir)]) == 2
+    assert "extend it with --patience N" in capsys.readouterr().err
+    assert run_preset("tiny", ["--resume", str(run_dir), "--patience", "100"]) == 0
+    assert read_info(run_dir)["state"] == "finished"
+
+
+def test_the_text_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    argv = torture.arguments(tmp_path, Path("run"), num_steps=5)
+    argv[argv.index("--data") + 1] = "text.txt"
+    assert run_preset("tiny", argv) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_preset("tiny", ["--resume", "../run", "--steps", "6"]) == 0
+
+
 def test_no_checkpoint_is_a_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
@@ -225,6 +272,10 @@ def test_a_fresh_process_resumes_with_other_threads(tmp_path):
     done = run("--resume", str(halves))
     assert done.returncode == 2 and "extend it with --steps" in done.stderr and "Traceback" not in done.stderr
     done = run("--resume", str(halves), "--steps", "40", "--seed", "9")
-    assert done.returncode == 2 and "seed cannot change" in done.stderr
+    assert done.returncode == 2 and "--seed was 3 and is 9" in done.stderr
+    done = run("--resume", str(halves), "--steps", "40", "--seed", "3", "--dry-run")  # the same seed is no change
+    assert done.returncode == 0 and "for 10 steps" in done.stdout, done.stderr
+    done = run("--resume", str(halves), "--checkpoint", str(halves))
+    assert done.returncode == 2 and "--checkpoint is for new runs" in done.stderr
     done = run("--resume", str(halves), "--steps", "40")
     assert done.returncode == 0 and "steps 30 -> 40: the schedule is stretched" in done.stdout

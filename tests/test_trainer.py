@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from feste import GPT2, BPETokenizer, Checkpoint, Config, TrainConfig, ops, train_gpt2
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, cli, ops, train_gpt2
 from feste.cli import run_preset
 from feste.config import PRESETS
 from feste.optim import learning_rate_at
@@ -144,7 +145,7 @@ def test_a_nan_can_be_skipped(tmp_path):
     assert read_info(tmp_path / "run")["skipped_steps"] == 3
     model = GPT2(CONFIG)
     poison_at(model, *range(5, 100))
-    with pytest.raises(TrainingDiverged, match="step 14: .*the 10th time in a row"):
+    with pytest.raises(TrainingDiverged, match=r"step 14: .*the 10th time in a row"):
         train(model=model, on_nan="skip")
 
 
@@ -153,6 +154,22 @@ def test_an_infinite_loss_is_caught():
     model.params["transformer.ln_f.bias"][:] = np.inf
     with pytest.raises(TrainingDiverged, match="step 1: the loss is"):
         train(model=model)
+
+
+# ---- an optimizer that is handed over ----------------------------------------------------------------------
+
+
+def test_the_settings_of_an_optimizer_are_those_of_the_run(tmp_path):
+    model = GPT2(CONFIG)
+    train(tmp_path / "run", model, optimizer=AdamW(model, weight_decay=0.5))
+    assert read_info(tmp_path / "run")["train"]["weight_decay"] == 0.5
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1, but the optimizer has 0\.5"):
+        train(model=model, optimizer=AdamW(model, weight_decay=0.5), weight_decay=0.1)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the optimizer is that of another model"):
+        train(optimizer=AdamW(GPT2(CONFIG)))
 
 
 # ---- settings and data that do not fit ---------------------------------------------------------------------
@@ -218,13 +235,38 @@ def test_a_dry_run_writes_nothing(tmp_path, text_file, capsys):
     assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run"),
                                "--dry-run"]) == 0
     out = capsys.readouterr().out
-    for word in ("parameters", "memory", "disk", "steps a second", "tokens a step", "nothing was written"):
+    for word in ("parameters", "memory", "disk", "steps a second", "tokens a step", "no run directory"):
         assert word in out
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, text_file, capsys):
+    text_file.write_text(TEXT[:100])
+    assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--dry-run"]) == 2
+    assert "held-out part" in capsys.readouterr().err
+
+
+def test_a_run_the_disk_cannot_hold_is_refused(tmp_path, text_file, capsys, monkeypatch):
+    argv, free = [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run")], 2_900_000
+    monkeypatch.setattr(cli, "disk_bytes", lambda plan: 3_000_000)
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    for extra in ([], ["--dry-run"]):
+        assert run_preset("tiny", argv + extra) == 2
+        printed = capsys.readouterr()
+        assert "takes up to 3 MB of disk" in printed.out and "needs about 3 MB of disk" in printed.err
+        assert not (tmp_path / "run").exists()
+    free = 3_000_000
+    assert run_preset("tiny", argv) == 0
+    free = 2_900_000  # what is lacking is in the directory already
+    assert run_preset("tiny", ["--resume", str(tmp_path / "run"), "--steps", "15"]) == 0
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--data", "missing.txt"], "cannot read missing.txt"),
+    (["--data", "missing.txt"], "missing.txt: No such file or directory"),
+    (["--data", ""], "no finished directory of tokens"),
+    (["--resume", ""], ". holds no checkpoint yet"),
+    (["--n-embd", "100000000"], "not enough memory"),
+    (["--weight-decay", "inf"], "weight_decay must be a finite number"),
     (["--n-heads", "5"], "n_embd must be divisible by n_heads"),
     (["--vocab-size", "255"], "vocab_size must be at least 256"),
     (["--seq-len", "17"], "seq_len=17 is beyond the model's block_size=16"),
@@ -276,6 +318,38 @@ def test_fine_tuning_starts_from_a_checkpoint_and_its_tokenizer(tmp_path, text_f
     assert other.returncode == 2 and "n_embd=16, not 32" in other.stderr
 
 
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, text_file, capsys):
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    other = BPETokenizer.train(TEXT, 300)
+    ids = other.encode_to_numpy(TEXT * 4)
+    ids.tofile(tokens / "tokens.bin")
+    (tokens / "tokens.json").write_text(json.dumps({"file": "tokens.bin", "dtype": ids.dtype.name, "tokens": len(ids)}))
+    other.save(tokens / "tokenizer.json")
+    data, new = ["--data", str(tokens)], ["--run-dir", str(tmp_path / "run"), "--steps", "2"]
+    for flags, message in ((["--vocab-size", "280"], "--vocab-size 280 is less than the 300 tokens"),
+                           (["--train-chars", "9"], "--train-chars is for texts")):
+        assert run_preset("tiny", [*flags, *data, *new]) == 2
+        assert message in capsys.readouterr().err
+    assert run_preset("tiny", [*data, *new]) == 0
+    assert Checkpoint.load(tmp_path / "run" / "checkpoint_final.bin").model.config.vocab_size == 300
+    train(tmp_path / "first")
+    done = script("train.py", "--checkpoint", str(tmp_path / "first"), *data)
+    assert done.returncode == 2 and "made with another tokenizer" in done.stderr
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_a_run(tmp_path, text_file):
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *TINY_FLAGS, "--data", str(text_file), "--run-dir",
+               str(tmp_path / "run"), "--steps", "300"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("step "):
+            pass
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 0 and error == ""
+    assert read_info(tmp_path / "run")["state"] == "finished" and len(read_rows(tmp_path / "run")) == 300
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("0[5-8]*.py")))
 def test_the_examples_have_the_guides_settings(name):
     size = name.removeprefix("0").split("_")[-1].removesuffix(".py")
@@ -294,8 +368,7 @@ def test_the_examples_have_the_guides_settings(name):
     assert f'run_preset("{size}")' in (ROOT / "examples" / name).read_text()
 
 
-def test_run_json_survives_a_reader_at_any_time(tmp_path):
-    """Replaced as a whole: every reading is a whole document."""
+def test_run_json_says_running_until_the_end(tmp_path):
     seen = []
 
     def read(record):
