@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -293,7 +294,8 @@ def set_aside_later(directory: Path, step: int) -> list[Path]:
     for path in [directory / "checkpoint_final.bin", directory / "checkpoint_best.bin",
                  *(path for _, path in periodic(directory))]:
         if path.exists() and _step_in_header(path) > step:
-            moved.append(path.with_name(path.name + SET_ASIDE))
+            names = (path.with_name(f"{path.name}{SET_ASIDE}{n or ''}") for n in itertools.count())
+            moved.append(next(name for name in names if not name.exists()))
             os.replace(path, moved[-1])
     return moved
 

@@ -54,6 +54,7 @@ def run_preset(name: str, argv: Sequence[str] | None = None) -> int:
 
 def guarded(action) -> int:
     """Run an action; turn what a user can mend into one line on standard error, and warnings into a line each."""
+    sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: print(f"note: {message}")

@@ -38,17 +38,17 @@ class Progress:
 
     def __init__(self, config: TrainConfig, start: int = 0) -> None:
         self._val_loss, self._shown = None, 0.0
-        self._bar: RichProgress | None = None
+        self._console, self._bar = Console(), None
         if sys.stdout.isatty():
             self._bar = RichProgress(
                 BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
-                TextColumn("left"), console=Console(), auto_refresh=False)
+                TextColumn("left"), console=self._console, auto_refresh=False)
             self._task = self._bar.add_task("train", total=config.num_steps, completed=start, loss="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
-            self._bar.console.show_cursor()  # a process that is killed cannot do it
+            self._console.show_cursor()  # a process that is killed cannot do it
         return self
 
     def __exit__(self, *error) -> None:
@@ -62,21 +62,17 @@ class Progress:
             self._show(record)
 
     def _show(self, record: dict) -> None:
-        validated = "val_loss" in record
-        if validated:
-            self._val_loss = record["val_loss"]
-        now = time.monotonic()
-        if not validated and now - self._shown < (REFRESH_SECONDS if self._bar else LINE_SECONDS):
+        self._val_loss = record.get("val_loss", self._val_loss)
+        now, interval = time.monotonic(), REFRESH_SECONDS if self._bar else LINE_SECONDS
+        if now - self._shown < interval and not record.keys() & {"val_loss", "sample"}:
             return
         self._shown = now
-        loss = f"loss {record['train_loss']:.4f}"
-        if self._val_loss is not None:
-            loss += f"  val {self._val_loss:.4f}"
-        loss += f"  {record['tokens_per_second']:,.0f} tok/s"
+        validation = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
+        text = f"loss {record['train_loss']:.4f}{validation}  {record['tokens_per_second']:,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], loss=loss, refresh=True)
+            self._bar.update(self._task, completed=record["step"], loss=text, refresh=True)
         else:
-            print(f"step {record['step']}  {loss}  lr {record['learning_rate']:.3g}", flush=True)
-        if record.get("sample") and self._bar is not None:
-            self._bar.console.print(f"step {record['step']}: {record['sample']!r}", style="dim", markup=False,
-                                    highlight=False)
+            print(f"step {record['step']}  {text}  lr {record['learning_rate']:.3g}", flush=True)
+        if "sample" in record:
+            self._console.print(f"sample of step {record['step']}: {record['sample']!r}", style="dim", markup=False,
+                                highlight=False, soft_wrap=True)

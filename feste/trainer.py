@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -367,7 +367,7 @@ class _Files:
                          best_step=result.best_step, step=result.step, elapsed_seconds=result.elapsed_seconds,
                          checkpoint_saves=self._writer.saves, checkpoint_held_up_seconds=self._writer.held_up_seconds)
         self._log.close(result.state, reason)
-        return TrainResult(**(vars(result) | {"run_dir": self._log.path}))
+        return replace(result, run_dir=self._log.path)
 
     def abandon(self) -> None:
         """The loop has raised: let a save under way finish. That error matters more than one of the writer."""

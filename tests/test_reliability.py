@@ -222,6 +222,15 @@ def test_a_signal_at_the_last_step_is_a_finished_run(folder, tmp_path):
     assert code == 0 and read_info(tmp_path / "run")["state"] == "finished"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_step_ends_a_finished_run(folder, tmp_path, number):
+    code, out, err = run(arguments(folder, tmp_path / "run"), phase="ending", signals=[number])
+    assert code in (128 + number, -number) and "Traceback" not in err  # a shell shows both as 128 + number
+    assert "finished at step 30" in out or number == signal.SIGTERM  # which loses what is not flushed
+    assert read_info(tmp_path / "run")["state"] == "finished"
+    assert verify(tmp_path / "run" / "checkpoint_final.bin") == 30
+
+
 def test_sighup_under_nohup_is_ignored_and_otherwise_saves(folder, tmp_path):
     code, _, _ = run(arguments(folder, tmp_path / "plain"), phase="step", at=7, signals=[signal.SIGHUP])
     assert code == 129 and verify(find_checkpoint(tmp_path / "plain")[0]) == 7

@@ -180,6 +180,9 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path):
     assert [step for step, _ in torture.checkpoint.periodic(run_dir)] == [7, 8]  # not pushed out by 10, 15 and 20
     assert (run_dir / "checkpoint_step_20.bin.superseded").read_bytes() == later
     assert [int(row[0]) for row in history(run_dir)] == list(range(1, 9))
+    with pytest.warns(UserWarning, match=r"checkpoint_final\.bin\.superseded1"):
+        train(run_dir, resume=run_dir / "checkpoint_step_7.bin", num_steps=9)
+    assert verify(run_dir / "checkpoint_final.bin.superseded") == 20
 
 
 def test_the_best_checkpoint_of_the_past_comes_back(tmp_path):
