@@ -365,7 +365,9 @@ def finish(plan: Plan, result: TrainResult) -> int:
         for temperature in TEMPERATURES:
             text = plan.tokenizer.decode(plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=plan.train.seed))
             print(f"\n--- temperature {temperature} ---\n{text}")
-    print(f"\nrun directory: {result.run_dir}")
+    info = read_info(result.run_dir)
+    print(f"\nrun directory: {result.run_dir} ({info['checkpoint_saves']} saves held the training up for "
+          f"{info['checkpoint_held_up_seconds']:.2f} s)")
     return 0
 
 

@@ -1,10 +1,12 @@
 """Never lose a run: the short forms of tests/torture.py, and what needs no numbers."""
 
 import errno
+import fcntl
 import gc
 import os
 import signal
 import subprocess
+import termios
 import time
 
 import numpy as np
@@ -238,6 +240,23 @@ def test_sighup_under_nohup_is_ignored_and_otherwise_saves(folder, tmp_path):
                     signals=[signal.SIGHUP])
     process.communicate(timeout=120)
     assert process.returncode == 0 and len(history(tmp_path / "nohup")) == 30
+
+
+def test_a_terminal_that_closes_saves(folder, tmp_path):
+    argv = arguments(folder, tmp_path / "run", num_steps=100_000)
+    master, slave = os.openpty()
+    process = subprocess.Popen(torture.command(argv), stdin=slave, stdout=slave, stderr=slave, cwd=torture.ROOT,
+                               env=torture.ENVIRONMENT, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    shown = b""
+    while b"tok/s" not in shown:
+        shown += os.read(master, 10_000)
+    os.close(master)
+    assert process.wait(timeout=120) == 129
+    info = read_info(tmp_path / "run")
+    assert (info["state"], info["reason"]) == ("interrupted", "SIGHUP")
+    assert verify(find_checkpoint(tmp_path / "run")[0]) == info["step"]
 
 
 def test_handlers_are_put_back(tmp_path):

@@ -43,6 +43,7 @@ INTERVAL = 5  # steps between checkpoints of the runs that are killed
 SETTINGS = {"num_steps": 30, "learning_rate": 3e-3, "seq_len": 16, "batch_size": 2, "val_interval": 5, "val_windows": 4,
             "sample_interval": 5, "sample_tokens": 5, "sample_prompt": "a", "checkpoint_interval": INTERVAL,
             "threads": 1, "seed": 3, "patience": 1_000_000}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 WALL_TIME = ("timestamp", "elapsed_seconds", "tokens_per_second")
 
 
@@ -136,11 +137,14 @@ def arguments(folder: Path, run_dir: Path, **settings) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def command(argv: list[str], **order) -> list[str]:
+    """What starts a training process. order: what goes wrong in it, see `child`."""
+    return [sys.executable, __file__, "child", json.dumps(order | {"argv": argv})]
+
+
 def start(argv: list[str], *, prefix: tuple[str, ...] = (), **order) -> subprocess.Popen:
-    """A training process. order: what goes wrong in it, see `child`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*prefix, sys.executable, __file__, "child", json.dumps(order | {"argv": argv})],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    return subprocess.Popen([*prefix, *command(argv, **order)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=ENVIRONMENT, cwd=ROOT)
 
 
 def run(argv: list[str], **order) -> tuple[int, str, str]:
