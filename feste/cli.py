@@ -238,18 +238,31 @@ def _resumed(args: argparse.Namespace) -> Plan:
     named = _named(args, TrainConfig) | _named(args, Config)
     _refuse_changes(checkpoint.train_config | checkpoint.model.config.to_dict(), named)
     info = read_info(checkpoint.path.parent)
-    flags = info.setdefault("data_flags", {})
-    if args.data is not None:  # it has moved; whether it is the same text is seen by its tokens
-        flags["data"] = info["source"] = str(Path(args.data).absolute())
-    if args.train_chars is not None:
-        flags["train_chars"] = args.train_chars
+    info["data_flags"] = flags = _text_again(info, args)
     train = replace(TrainConfig.from_dict(checkpoint.train_config), **_named(args, TrainConfig))
     _say_what_changes(checkpoint, train, info.get("state"))
+    info["source"] = flags["data"] or SHAKESPEARE
     tokens, tokenizer = _load_data(flags, checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
     kept = {key: info[key] for key in ("name", "source", "data_flags") if key in info}
     run_dir = checkpoint.path.parent if args.run_dir is None else Path(args.run_dir)
     return Plan(info.get("name", "resumed"), checkpoint.model, tokenizer, tokens, train, run_dir, kept,
                 resume=checkpoint)
+
+
+def _text_again(info: dict, args: argparse.Namespace) -> dict:
+    """Where a run's text is: what run.json says, and what the command line does. Its tokens tell if it is the same."""
+    flags = info.get("data_flags")
+    if not (isinstance(flags, dict) and isinstance(flags.get("data"), str | None)
+            and isinstance(flags.get("train_chars"), int | None)):
+        flags = {}
+    if args.data is not None:
+        flags["data"] = str(Path(args.data).absolute())
+    if args.train_chars is not None:
+        flags["train_chars"] = args.train_chars
+    if "data" not in flags:
+        raise ValueError("run.json does not name the text of the run; name it with --data, and with --train-chars if "
+                         "only its beginning was used")
+    return flags
 
 
 def _refuse_changes(saved: dict, named: dict) -> None:

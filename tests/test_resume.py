@@ -230,6 +230,18 @@ def test_the_text_is_found_from_anywhere(tmp_path, monkeypatch):
     assert run_preset("tiny", ["--resume", "../run", "--steps", "6"]) == 0
 
 
+@pytest.mark.parametrize("content", [None, "{", '{"data_flags": 5}', '{"data_flags": {"data": 7}}'])
+def test_a_text_that_run_json_does_not_name_is_asked_for(tmp_path, capsys, content):
+    run_dir = tmp_path / "run"
+    train(run_dir, num_steps=5)  # from ids: there is no text to name
+    if content is not None:
+        (run_dir / "run.json").write_text(content)
+    assert run_preset("tiny", ["--resume", str(run_dir), "--steps", "6"]) == 2
+    assert "run.json does not name the text" in capsys.readouterr().err
+    torture.arguments(tmp_path, run_dir)
+    assert run_preset("tiny", ["--resume", str(run_dir), "--steps", "6", "--data", str(tmp_path / "text.txt")]) == 0
+
+
 def test_no_checkpoint_is_a_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
