@@ -22,7 +22,7 @@ from feste import ops
 from feste.checkpoint import Checkpoint, find_checkpoint
 from feste.config import PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import read_text, shakespeare_text
-from feste.data import load_tokens, split_tokens, validation_windows
+from feste.data import load_tokens, split_tokens, windows
 from feste.model import GPT2
 from feste.params import ParameterTable
 from feste.progress import Progress, discard_output
@@ -386,11 +386,12 @@ def finish(plan: Plan, result: TrainResult) -> int:
 
 def held_out_loss(plan: Plan) -> float:
     """Mean loss in nats over every window of the held-out tokens."""
-    t = plan.train
-    ids, targets = validation_windows(split_tokens(plan.tokens, t.val_fraction)[1], t.seq_len)
-    losses = [plan.model.loss(ids[i:i + t.batch_size], targets[i:i + t.batch_size]) * len(ids[i:i + t.batch_size])
-              for i in range(0, len(ids), t.batch_size)]
-    return sum(losses) / len(ids)
+    t, tokens = plan.train, split_tokens(plan.tokens, plan.train.val_fraction)[1]
+    starts, total = np.arange((len(tokens) - 1) // t.seq_len) * t.seq_len, 0.0
+    for i in range(0, len(starts), t.batch_size):  # cut as they are needed: the tokens may be larger than memory
+        ids, targets = windows(tokens, starts[i:i + t.batch_size], t.seq_len)
+        total += plan.model.loss(ids, targets) * len(ids)
+    return total / len(starts)
 
 
 def list_presets() -> str:

@@ -40,6 +40,7 @@ from feste.tokenizer import BPETokenizer
 
 SAMPLE_TEMPERATURE = 0.8
 MAX_SKIPPED_IN_A_ROW = 10
+HASH_BLOCK = 1 << 20  # tokens
 # What a resumed run may change. Everything else would make it another run.
 CHANGEABLE = {"num_steps", "learning_rate", "patience", "threads", "keep_last", "checkpoint_interval", "on_nan"}
 
@@ -146,6 +147,14 @@ def _tokens(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray) -> np.
     return text
 
 
+def _sha256(tokens: np.ndarray) -> str:
+    """Of the ids, whatever their type; in blocks, for they may be a file that is larger than memory."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), HASH_BLOCK):
+        digest.update(np.ascontiguousarray(tokens[i:i + HASH_BLOCK], np.uint32))
+    return digest.hexdigest()
+
+
 class _Run:
     """The state of a run, and the parts of a step."""
 
@@ -161,7 +170,7 @@ class _Run:
         self.prompt = tokenizer.encode(config.sample_prompt)
         if not self.prompt:
             raise ValueError("sample_prompt must not be empty")
-        self.corpus_sha256 = hashlib.sha256(np.ascontiguousarray(tokens, np.uint32)).hexdigest()
+        self.corpus_sha256 = _sha256(tokens)
         self.n_tokens = len(tokens)
         self.step, self.train_loss, self.val_loss = 0, math.nan, math.nan
         self.best_val_loss, self.best_step = math.inf, 0

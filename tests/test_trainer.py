@@ -1,6 +1,7 @@
 """train_gpt2: what a run leaves behind, when it stops, and the examples' command line."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, cli, ops, train_gpt2
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, cli, ops, train_gpt2, trainer
 from feste.cli import run_preset
 from feste.config import PRESETS
 from feste.optim import learning_rate_at
@@ -207,6 +208,13 @@ def test_training_on_token_ids_is_training_on_their_text():
     train(model=models[0])
     train(model=models[1], text=TOKENIZER.encode_to_numpy(TEXT))
     assert np.array_equal(models[0].flat_params, models[1].flat_params)
+
+
+def test_the_hash_of_a_corpus_is_that_of_its_ids(monkeypatch):
+    monkeypatch.setattr(trainer, "HASH_BLOCK", 7)
+    ids = np.arange(50)
+    expected = hashlib.sha256(ids.astype(np.uint32)).hexdigest()
+    assert {trainer._sha256(ids.astype(kind)) for kind in (np.uint16, np.int32, np.int64)} == {expected}
 
 
 # ---- the command line --------------------------------------------------------------------------------------
