@@ -6,7 +6,6 @@ Every error of a user is one line on standard error and exit code 2, before anyt
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import warnings
@@ -26,7 +25,7 @@ from feste.data import load_tokens, split_tokens, windows
 from feste.model import GPT2
 from feste.params import ParameterTable
 from feste.progress import Progress, discard_output
-from feste.runlog import read_info
+from feste.runlog import perplexity, read_info
 from feste.tokenizer import BPETokenizer
 from feste.trainer import CHANGEABLE, TrainingDiverged, TrainResult, checkpoint_to_resume, train_gpt2
 
@@ -372,7 +371,7 @@ def finish(plan: Plan, result: TrainResult) -> int:
         print(f"continue with: --resume {result.run_dir}")
         return 128 + result.signal
     loss = held_out_loss(plan)
-    print(f"loss over the whole held-out part: {loss:.4f} nats (perplexity {math.exp(loss):.2f})")
+    print(f"loss over the whole held-out part: {loss:.4f} nats (perplexity {perplexity(loss):.2f})")
     for prompt in PROMPTS:
         ids = plan.tokenizer.encode(prompt)
         for temperature in TEMPERATURES:
