@@ -52,6 +52,8 @@ cdef extern from "_simd.h" nogil:
     vi bf16_pairs(vf even, vf odd)
     vi bf16_row(vf x0, vf x1)
     vf vdot_bf16(vf acc, vi a, vi b)
+    void prefetch_read(const float* p)
+    void prefetch_write(const float* p)
     void transpose_tile(int32_t* out, Py_ssize_t ldo, const int32_t* x, Py_ssize_t ldi)
     void* workspace(size_t size)
 
@@ -194,6 +196,8 @@ cdef enum:
     MC = 96    # x KC floats of a: 192 KB of L2
     NC = 3072  # x KC floats of packed b: 6 MB of L3
     SIDE = 2   # x MR floats of a, side by side: whole cache lines
+    AHEAD = 16 # rows that are on their way while one is packed
+    TASKS = 8  # blocks of c for each thread: fine enough that a thread that was held up costs the others little
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -203,11 +207,11 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 cdef inline void micro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a,
                               const float* b, const float* start, Py_ssize_t ld_start, const float* bias,
                               Py_ssize_t kc) noexcept nogil:
-    """c (MR, NR) = start + bias + a (MR, kc) b (kc, NR); start and bias may be NULL, start may be c."""
+    """c (MR, NR) = start + (a (MR, kc) b (kc, NR) + bias); start and bias may be NULL, start may be c."""
     cdef vf acc[MR][NV]
     cdef vf b0, b1, ai
     cdef Py_ssize_t i, k
-    start_tile(acc, start, ld_start, bias)
+    open_tile(acc, c, ldc, start, ld_start)
     for k in range(kc):
         b0 = vload(b)
         b1 = vload(b + VL)
@@ -217,9 +221,7 @@ cdef inline void micro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize
             acc[i][1] = vfma(ai, b1, acc[i][1])
         a += cs_a
         b += NR
-    for i in range(MR):
-        vstore(c + i * ldc, acc[i][0])
-        vstore(c + i * ldc + VL, acc[i][1])
+    close_tile(c, ldc, acc, start, ld_start, bias)
 
 
 cdef inline void micro_kernel_bf16(float* c, Py_ssize_t ldc, const int32_t* a, Py_ssize_t rs_a, Py_ssize_t cs_a,
@@ -229,7 +231,7 @@ cdef inline void micro_kernel_bf16(float* c, Py_ssize_t ldc, const int32_t* a, P
     cdef vf acc[MR][NV]
     cdef vi b0, b1, ai
     cdef Py_ssize_t i, k
-    start_tile(acc, start, ld_start, bias)
+    open_tile(acc, c, ldc, start, ld_start)
     for k in range(kc):
         b0 = viload(b)
         b1 = viload(b + VL)
@@ -239,97 +241,106 @@ cdef inline void micro_kernel_bf16(float* c, Py_ssize_t ldc, const int32_t* a, P
             acc[i][1] = vdot_bf16(acc[i][1], ai, b1)
         a += cs_a
         b += NR
+    close_tile(c, ldc, acc, start, ld_start, bias)
+
+
+cdef inline void open_tile(vf (*acc)[NV], const float* c, Py_ssize_t ldc, const float* start,
+                           Py_ssize_t ld_start) noexcept nogil:
+    """Zero; and c and start are on their way to L1 while the products are made."""
+    cdef Py_ssize_t i
+    for i in range(MR):
+        prefetch_write(c + i * ldc)
+        if start != NULL and start != c:
+            prefetch_read(start + i * ld_start)
+        acc[i][0] = acc[i][1] = vset(0)
+
+
+cdef inline void close_tile(float* c, Py_ssize_t ldc, vf (*acc)[NV], const float* start, Py_ssize_t ld_start,
+                            const float* bias) noexcept nogil:
+    cdef Py_ssize_t i
+    if bias != NULL:
+        for i in range(MR):
+            acc[i][0] = acc[i][0] + vload(bias)
+            acc[i][1] = acc[i][1] + vload(bias + VL)
+    if start != NULL:
+        for i in range(MR):
+            acc[i][0] = vload(start + i * ld_start) + acc[i][0]
+            acc[i][1] = vload(start + i * ld_start + VL) + acc[i][1]
     for i in range(MR):
         vstore(c + i * ldc, acc[i][0])
         vstore(c + i * ldc + VL, acc[i][1])
 
 
-cdef inline void start_tile(vf (*acc)[NV], const float* start, Py_ssize_t ld_start,
-                            const float* bias) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(MR):
-        if start != NULL:
-            acc[i][0] = vload(start + i * ld_start)
-            acc[i][1] = vload(start + i * ld_start + VL)
-        else:
-            acc[i][0] = vset(0)
-            acc[i][1] = vset(0)
-    if bias != NULL:
-        for i in range(MR):
-            acc[i][0] = acc[i][0] + vload(bias)
-            acc[i][1] = acc[i][1] + vload(bias + VL)
-
-
-cdef void load_edge(float* tile, const float* start, Py_ssize_t ld_start, const float* bias, Py_ssize_t m,
-                    Py_ssize_t n) noexcept nogil:
-    """tile (MR, NR) = start (m, n) + bias (n), zero beyond."""
+cdef void close_edge(float* c, Py_ssize_t ldc, const float* tile, const float* start, Py_ssize_t ld_start,
+                     const float* bias, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
+    """close_tile for the m x n elements of a tile (MR, NR) that lie inside the matrix."""
     cdef Py_ssize_t i, j
-    memset(tile, 0, MR * NR * sizeof(float))
+    cdef float x
     for i in range(m):
         for j in range(n):
-            if start != NULL:
-                tile[i * NR + j] = start[i * ld_start + j]
+            x = tile[i * NR + j]
             if bias != NULL:
-                tile[i * NR + j] += bias[j]
+                x = x + bias[j]
+            c[i * ldc + j] = start[i * ld_start + j] + x if start != NULL else x
 
 
-cdef void store_edge(float* c, Py_ssize_t ldc, const float* tile, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(m):
-        memcpy(c + i * ldc, tile + i * NR, n * sizeof(float))
-
-
-cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a,
-                       const float* panels, Py_ssize_t panel_stride, const float* start, Py_ssize_t ld_start,
-                       const float* bias, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, bint bf16) noexcept nogil:
-    """c (m, n) = start + bias + a (m, k) b (k, n) on packed panels of b; a has whole strips of MR rows.
+cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t ps_a, Py_ssize_t rs_a, Py_ssize_t cs_a,
+                       const float* b, Py_ssize_t ps_b, const float* start, Py_ssize_t ld_start, const float* bias,
+                       Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, bint bf16) noexcept nogil:
+    """c (m, n) = start + (a (m, k) b (k, n) + bias), a in whole strips of MR rows, ps_a apart, b in panels, ps_b apart.
 
     In bf16, a and panels hold pairs and k counts pairs. Where the matrix ends inside a register tile, the tile
-    is a copy on the stack, so each element is summed in the same order wherever tiles begin.
+    is made on the stack, so each element is summed in the same order wherever tiles begin.
     """
     cdef float tile[MR * NR]
-    cdef const float* b
-    cdef const float* first
-    cdef const float* bias_j
     cdef float* target
-    cdef Py_ssize_t ib, jb, i, j, ld, ld_first
+    cdef const float* panel
+    cdef const float* strip
+    cdef const float* start_j
+    cdef const float* bias_j
+    cdef Py_ssize_t ib, jb, i, j, ld
     cdef bint whole
     for jb in range(ceil_div(n, NR)):
         j = jb * NR
-        b = panels + j // NR * panel_stride
+        panel = b + jb * ps_b
         for ib in range(ceil_div(m, MR)):
             i = ib * MR
             whole = i + MR <= m and j + NR <= n
-            first = start + i * ld_start + j if start != NULL else NULL
-            bias_j = bias + j if bias != NULL else NULL
-            target, ld, ld_first = c + i * ldc + j, ldc, ld_start
-            if not whole:
-                load_edge(tile, first, ld_start, bias_j, min(m - i, MR), min(n - j, NR))
-                target, ld, first, ld_first, bias_j = tile, NR, tile, NR, NULL
+            target, ld = tile, NR
+            start_j = bias_j = NULL
+            if whole:
+                target, ld = c + i * ldc + j, ldc
+                start_j = start + i * ld_start + j if start != NULL else NULL
+                bias_j = bias + j if bias != NULL else NULL
+            strip = a + ib * ps_a
             if bf16:
-                micro_kernel_bf16(target, ld, <const int32_t*>(a + i * rs_a), rs_a, cs_a, <const int32_t*>b,
-                                  first, ld_first, bias_j, k)
+                micro_kernel_bf16(target, ld, <const int32_t*>strip, rs_a, cs_a, <const int32_t*>panel, start_j,
+                                  ld_start, bias_j, k)
             else:
-                micro_kernel(target, ld, a + i * rs_a, rs_a, cs_a, b, first, ld_first, bias_j, k)
+                micro_kernel(target, ld, strip, rs_a, cs_a, panel, start_j, ld_start, bias_j, k)
             if not whole:
-                store_edge(c + i * ldc + j, ldc, tile, min(m - i, MR), min(n - j, NR))
+                close_edge(c + i * ldc + j, ldc, tile, start + i * ld_start + j if start != NULL else NULL, ld_start,
+                           bias + j if bias != NULL else NULL, min(m - i, MR), min(n - j, NR))
 
 
-cdef void pack_panel(float* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
+cdef void pack_panel(float* panel, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
                      Py_ssize_t n) noexcept nogil:
-    """panel [kc][NR] = b (kc, n), n <= NR, zero beyond n."""
+    """panel [kc][NR] = b (kc, n), n <= NR, zero beyond n. Where rows of b are contiguous, sums (NR) = their sum."""
     cdef Py_ssize_t jb, kb, j, k, whole_k = kc // VL * VL
-    if n < NR:
-        memset(panel, 0, kc * NR * sizeof(float))
+    cdef vf x0, x1, sum0 = vset(0), sum1 = vset(0)
+    if cs_b == 1:
         for k in range(kc):
-            for j in range(n):
-                panel[k * NR + j] = b[k * rs_b + j * cs_b]
-    elif cs_b == 1:
-        for k in range(kc):
-            vstore(panel + k * NR, vload(b + k * rs_b))
-            vstore(panel + k * NR + VL, vload(b + k * rs_b + VL))
-    else:
-        for jb in range(ceil_div(NR, VL)):
+            prefetch_read(b + (k + AHEAD) * rs_b)
+            x0 = part(b + k * rs_b, n)
+            x1 = part(b + k * rs_b + VL, n - VL)
+            vstore(panel + k * NR, x0)
+            vstore(panel + k * NR + VL, x1)
+            sum0 = sum0 + x0
+            sum1 = sum1 + x1
+        vstore(sums, sum0)
+        vstore(sums + VL, sum1)
+    elif n == NR:
+        for jb in range(NV):
             j = jb * VL
             for kb in range(ceil_div(whole_k, VL)):
                 k = kb * VL
@@ -337,23 +348,32 @@ cdef void pack_panel(float* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t c
         for k in range(whole_k, kc):
             for j in range(NR):
                 panel[k * NR + j] = b[k + j * cs_b]
+    else:
+        memset(panel, 0, kc * NR * sizeof(float))
+        for k in range(kc):
+            for j in range(n):
+                panel[k * NR + j] = b[k + j * cs_b]
 
 
-cdef void pack_panel_bf16(int32_t* panel, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
-                          Py_ssize_t n) noexcept nogil:
-    """panel [ceil(kc / 2)][NR] = pairs of b (kc, n), zero beyond kc and n."""
+cdef void pack_panel_bf16(int32_t* panel, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b,
+                          Py_ssize_t kc, Py_ssize_t n) noexcept nogil:
+    """panel [ceil(kc / 2)][NR] = pairs of b (kc, n), zero beyond kc and n; sums of b before it is rounded."""
     cdef int32_t rows[VL * VL]
     cdef int32_t columns[VL * VL]
     cdef const float* x
-    cdef vf odd
+    cdef vf even, odd, total
     cdef Py_ssize_t jb, kb, i, j, k, pairs = ceil_div(kc, 2)
-    for jb in range(ceil_div(NR, VL)):
+    for jb in range(NV):
         j = jb * VL
         if cs_b == 1:
+            total = vset(0)
             for k in range(pairs):
                 x = b + 2 * k * rs_b + j
+                even = part(x, n - j)
                 odd = part(x + rs_b, n - j) if 2 * k + 1 < kc else vset(0)
-                vistore(panel + k * NR + j, bf16_pairs(part(x, n - j), odd))
+                vistore(panel + k * NR + j, bf16_pairs(even, odd))
+                total = total + (even + odd)
+            vstore(sums + j, total)
         else:
             for kb in range(ceil_div(pairs, VL)):
                 k = kb * VL
@@ -419,36 +439,34 @@ cdef struct Gemm:
     Py_ssize_t rs_b, cs_b
     const float* start                  # (M, N), rows ldc apart, or NULL: what the product is added to
     const float* bias                   # (N) or NULL
-    float* column_sums                  # (N) or NULL: the sums of b's columns are added to it, while b is in cache
+    float* column_sums                  # (N) or NULL: the sums of b's columns are added to it, ROW_TILE rows at a time
     Py_ssize_t M, N, K
     bint bf16
 
 
-cdef void pack_task(const Gemm* g, float* panel, Py_ssize_t j, Py_ssize_t n, Py_ssize_t pc,
+cdef void pack_task(const Gemm* g, float* panels, Py_ssize_t panel_size, Py_ssize_t j, Py_ssize_t n, Py_ssize_t pc,
                     Py_ssize_t kc) noexcept nogil:
-    """Columns j .. j + n of one block of K of b, into a panel."""
+    """Columns j .. j + n of one block of K of b, into panels, and their sums.
+
+    ROW_TILE rows at a time, so that the panels share pages of b and the rounding of the sums grows slowly.
+    """
     cdef const float* b = g.b + pc * g.rs_b + j * g.cs_b
-    if g.bf16:
-        pack_panel_bf16(<int32_t*>panel, b, g.rs_b, g.cs_b, kc, n)
-    else:
-        pack_panel(panel, b, g.rs_b, g.cs_b, kc, n)
-    if g.column_sums != NULL:
-        add_column_sums(g.column_sums + j, b, g.rs_b, kc, n)
-
-
-cdef void add_column_sums(float* out, const float* x, Py_ssize_t stride, Py_ssize_t rows,
-                          Py_ssize_t n) noexcept nogil:
-    """out (n) += the sum of the rows of x (rows, n), n <= NR, ROW_TILE rows at a time, so that rounding grows slowly."""
-    cdef Py_ssize_t tile, i, j
-    cdef vf acc[NV]
-    for tile in range(ceil_div(rows, ROW_TILE)):
-        acc[0] = acc[1] = vset(0)
-        for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
-            acc[0] = acc[0] + part(x + i * stride, n)
-            if n > VL:
-                acc[1] = acc[1] + part(x + i * stride + VL, n - VL)
-        for j in range(ceil_div(n, VL)):
-            put(out + j * VL, part(out + j * VL, n - j * VL) + acc[j], n - j * VL)
+    cdef const float* x
+    cdef float sums[NR]
+    cdef Py_ssize_t tile, k, rows, p, width, i
+    for tile in range(ceil_div(kc, ROW_TILE)):
+        k = tile * ROW_TILE
+        rows = min(ROW_TILE, kc - k)
+        for p in range(ceil_div(n, NR)):
+            x = b + k * g.rs_b + p * NR * g.cs_b
+            width = min(NR, n - p * NR)
+            if g.bf16:
+                pack_panel_bf16(<int32_t*>panels + p * panel_size + k // 2 * NR, sums, x, g.rs_b, g.cs_b, rows, width)
+            else:
+                pack_panel(panels + p * panel_size + k * NR, sums, x, g.rs_b, g.cs_b, rows, width)
+            if g.column_sums != NULL:
+                for i in range(width):
+                    g.column_sums[j + p * NR + i] += sums[i]
 
 
 cdef void gemm_task(const Gemm* g, const float* panels, float* block, Py_ssize_t jc, Py_ssize_t nc, Py_ssize_t pc,
@@ -458,73 +476,74 @@ cdef void gemm_task(const Gemm* g, const float* panels, float* block, Py_ssize_t
     cdef float* c = g.c + ic * g.ldc + jc
     cdef const float* start = c
     cdef const float* bias = NULL
-    cdef Py_ssize_t pairs = ceil_div(kc, 2), mc = ceil_div(m, MR) * MR, whole = 0
+    cdef Py_ssize_t pairs = ceil_div(kc, 2), mc = ceil_div(m, MR) * MR, whole = 0, rs_a, cs_a
     if pc == 0:
         start = g.start + ic * g.ldc + jc if g.start != NULL else NULL
         bias = g.bias + jc if g.bias != NULL else NULL
     if g.bf16:
         pack_rows_bf16(<int32_t*>block, a, g.rs_a, g.cs_a, m, mc, kc)
-        if g.cs_a == 1:
-            macro_kernel(c, g.ldc, block, pairs, 1, panels, pairs * NR, start, g.ldc, bias, m, nc, pairs, True)
-        else:
-            macro_kernel(c, g.ldc, block, 1, mc, panels, pairs * NR, start, g.ldc, bias, m, nc, pairs, True)
+        rs_a = pairs if g.cs_a == 1 else 1
+        cs_a = 1 if g.cs_a == 1 else mc
+        macro_kernel(c, g.ldc, block, MR * rs_a, rs_a, cs_a, panels, pairs * NR, start, g.ldc, bias, m, nc, pairs, True)
         return
     if g.cs_a == 1:  # whole strips of contiguous rows serve as they lie
         whole = m // MR * MR
-        macro_kernel(c, g.ldc, a, g.rs_a, 1, panels, kc * NR, start, g.ldc, bias, whole, nc, kc, False)
+        macro_kernel(c, g.ldc, a, MR * g.rs_a, g.rs_a, 1, panels, kc * NR, start, g.ldc, bias, whole, nc, kc, False)
     if whole < m:
         pack_strips(block, a + whole * g.rs_a, g.rs_a, g.cs_a, m - whole, kc)
-        strip_product(c + whole * g.ldc, g.ldc, block, panels, start + whole * g.ldc if start != NULL else NULL,
-                      g.ldc, bias, m - whole, nc, kc)
-
-
-cdef void strip_product(float* c, Py_ssize_t ldc, const float* strips, const float* panels, const float* start,
-                        Py_ssize_t ld_start, const float* bias, Py_ssize_t m, Py_ssize_t n,
-                        Py_ssize_t k) noexcept nogil:
-    """macro_kernel on packed strips. Panels outside, strips inside: a panel of b stays in L1 or L2."""
-    cdef Py_ssize_t ib, jb, i, j
-    for jb in range(ceil_div(n, NR)):
-        j = jb * NR
-        for ib in range(ceil_div(m, MR)):
-            i = ib * MR
-            macro_kernel(c + i * ldc + j, ldc, strips + i * k, 1, MR, panels + j * k, 0,
-                         start + i * ld_start + j if start != NULL else NULL, ld_start,
-                         bias + j if bias != NULL else NULL, min(MR, m - i), min(NR, n - j), k, False)
+        macro_kernel(c + whole * g.ldc, g.ldc, block, MR * kc, 1, MR, panels, kc * NR,
+                     start + whole * g.ldc if start != NULL else NULL, g.ldc, bias, m - whole, nc, kc, False)
 
 
 cdef int run_gemm(const Gemm* g) except -1:
     if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
-    cdef Py_ssize_t jb, pb, depth = 2 * KC if g.bf16 else KC
+    cdef Py_ssize_t depth = 2 * KC if g.bf16 else KC
     cdef Py_ssize_t max_kc = min(g.K, depth), max_nc = min(ceil_div(g.N, NR) * NR, NC)
     cdef Py_ssize_t strips = ceil_div(g.M, MR)
-    cdef Py_ssize_t least = min(SIDE, strips) if g.rs_a == 1 else 1
-    cdef Py_ssize_t mc = MR * max(least, min(MC // MR, strips // (4 * n_threads)))
-    cdef Py_ssize_t row_blocks = ceil_div(g.M, mc)
-    cdef Py_ssize_t column_blocks = 1 if row_blocks >= 2 * n_threads else ceil_div(4 * n_threads, row_blocks)
+    cdef Py_ssize_t row_blocks = count_blocks(strips, SIDE if g.rs_a == 1 else 1)
+    cdef Py_ssize_t column_blocks = 1 if row_blocks >= 2 * n_threads else ceil_div(TASKS * n_threads, row_blocks)
     cdef Py_ssize_t block_size = MC * depth
     cdef float* panels = <float*>scratch((max_kc * max_nc + n_threads * block_size) * sizeof(float))
     cdef float* blocks = panels + max_kc * max_nc
-    cdef Py_ssize_t jc, nc, pc, kc, p, n_panels, panel_size, group, task, i, j
+    cdef Py_ssize_t jb = 0, jc = 0, nc = 0, pb = 0, pc = 0, kc = 0, n_panels = 0, panel_size = 0, group = 0
+    cdef Py_ssize_t p, task, i, j, m, n
     with nogil, parallel(num_threads=n_threads):
         for jb in range(ceil_div(g.N, NC)):
             jc = jb * NC
             nc = min(g.N - jc, NC)
             n_panels = ceil_div(nc, NR)
-            group = ceil_div(n_panels, column_blocks)
+            group = max(1, min(4, n_panels // n_threads))
             for pb in range(ceil_div(g.K, depth)):
                 pc = pb * depth
                 kc = min(g.K - pc, depth)
                 panel_size = (ceil_div(kc, 2) if g.bf16 else kc) * NR
-                for p in prange(n_panels, schedule='static'):
-                    pack_task(g, panels + p * panel_size, jc + p * NR, min(NR, nc - p * NR), pc, kc)
+                for p in prange(ceil_div(n_panels, group), schedule='static'):
+                    pack_task(g, panels + p * group * panel_size, panel_size, jc + p * group * NR,
+                              min(group * NR, nc - p * group * NR), pc, kc)
                 for task in prange(row_blocks * column_blocks, schedule='dynamic'):
-                    i = task // column_blocks * mc
-                    j = task % column_blocks * group * NR
-                    if j < nc:
-                        gemm_task(g, panels + j // NR * panel_size, blocks + threadid() * block_size, jc + j,
-                                  min(group * NR, nc - j), pc, kc, i, min(mc, g.M - i))
+                    i = share(strips, task // column_blocks, row_blocks) * MR
+                    m = min(g.M, share(strips, task // column_blocks + 1, row_blocks) * MR) - i
+                    j = share(n_panels, task % column_blocks, column_blocks) * NR
+                    n = min(nc, share(n_panels, task % column_blocks + 1, column_blocks) * NR) - j
+                    if n > 0:
+                        gemm_task(g, panels + j // NR * panel_size, blocks + threadid() * block_size, jc + j, n,
+                                  pc, kc, i, m)
     return 0
+
+
+cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t parts) noexcept nogil:
+    """Where part i begins if total is divided evenly into parts."""
+    return i * total // parts
+
+
+cdef Py_ssize_t count_blocks(Py_ssize_t strips, Py_ssize_t least) noexcept nogil:
+    """Blocks of rows: at most MC rows each, at least `least` strips, and as many for every thread."""
+    cdef Py_ssize_t wanted = max(ceil_div(strips, MC // MR), TASKS * n_threads)
+    cdef Py_ssize_t most = max(1, strips // least)
+    if most < n_threads:
+        return most
+    return min(ceil_div(wanted, n_threads), most // n_threads) * n_threads
 
 
 def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
@@ -668,51 +687,68 @@ def pack_weight(cnp.ndarray packed, cnp.ndarray weight, Py_ssize_t K, Py_ssize_t
     cdef int32_t* out = <int32_t*>_array(packed, cnp.NPY_INT32, "int32", 1, panel * n_panels, "packed", True)
     cdef const float* w = input(weight, N, K, "weight") if transposed else input(weight, K, N, "weight")
     cdef Py_ssize_t rs = 1 if transposed else N, cs = K if transposed else 1
+    cdef float* sums = <float*>scratch(n_threads * NR * sizeof(float))
     separate((packed, weight), 1, "packed weight")
     for p in prange(n_panels, nogil=True, schedule='static', num_threads=n_threads):
-        pack_panel_bf16(out + p * panel, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
+        pack_panel_bf16(out + p * panel, sums + threadid() * NR, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
 
 
 cdef void packed_row(float* out, const int32_t* x, const int32_t* panel, const float* bias, const float* residual,
                      Py_ssize_t pairs, Py_ssize_t n) noexcept nogil:
     """One row against one panel of n <= NR columns: a register tile of MR rows would wait for its arithmetic."""
     cdef vf acc[NV]
-    cdef Py_ssize_t k, j
-    for j in range(NV):
-        acc[j] = vset(0)
-        if n > j * VL and residual != NULL:
-            acc[j] = part(residual + j * VL, n - j * VL)
-        if n > j * VL and bias != NULL:
-            acc[j] = acc[j] + part(bias + j * VL, n - j * VL)
-    for k in range(pairs):
-        acc[0] = vdot_bf16(acc[0], viset(x[k]), viload(panel + k * NR))
-        acc[1] = vdot_bf16(acc[1], viset(x[k]), viload(panel + k * NR + VL))
+    cdef vf total[NV]
+    cdef Py_ssize_t pb, pc, k, j
+    for pb in range(ceil_div(pairs, KC)):
+        pc = pb * KC
+        acc[0] = acc[1] = vset(0)
+        for k in range(pc, min(pc + KC, pairs)):
+            acc[0] = vdot_bf16(acc[0], viset(x[k]), viload(panel + k * NR))
+            acc[1] = vdot_bf16(acc[1], viset(x[k]), viload(panel + k * NR + VL))
+        for j in range(NV):
+            if pb == 0 and bias != NULL:
+                acc[j] = acc[j] + part(bias + j * VL, n - j * VL)
+            if pb == 0 and residual != NULL:
+                acc[j] = part(residual + j * VL, n - j * VL) + acc[j]
+            total[j] = acc[j] if pb == 0 else total[j] + acc[j]
     for j in range(NV):
         if n > j * VL:
-            put(out + j * VL, acc[j], n - j * VL)
+            put(out + j * VL, total[j], n - j * VL)
+
+
+cdef void packed_rows(float* out, Py_ssize_t ldo, const float* x, const float* panel, const float* bias,
+                      const float* residual, Py_ssize_t rows, Py_ssize_t pairs, Py_ssize_t n) noexcept nogil:
+    """The same for several rows."""
+    cdef Py_ssize_t pb, pc
+    for pb in range(ceil_div(pairs, KC)):
+        pc = pb * KC
+        macro_kernel(out, ldo, x + pc, MR * pairs, pairs, 1, panel + pc * NR, 0, residual if pb == 0 else out, ldo,
+                     bias if pb == 0 else NULL, rows, n, min(KC, pairs - pc), True)
 
 
 def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarray bias, cnp.ndarray residual,
                    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N):
-    cdef Py_ssize_t pairs = ceil_div(K, 2), n_panels = ceil_div(N, NR), padded = ceil_div(rows, MR) * MR, p
+    cdef Py_ssize_t pairs = ceil_div(K, 2), n_panels = ceil_div(N, NR), padded = ceil_div(rows, MR) * MR, p, j
     cdef float* o = output(out, rows, N, "out")
     cdef const float* px = input(x, rows, K, "x")
     cdef const float* panels = <float*>_array(packed, cnp.NPY_INT32, "int32", 1, n_panels * NR * pairs, "packed", False)
     cdef const float* b = input(bias, 1, N, "bias") if bias is not None else NULL
     cdef const float* r = input(residual, rows, N, "residual") if residual is not None else NULL
+    cdef const float* bias_j
+    cdef const float* residual_j
     cdef float* strips = <float*>scratch(padded * pairs * sizeof(float))
     separate((out, x, packed, bias, residual), 1, "out x packed bias residual")
     with nogil:
         pack_rows_bf16(<int32_t*>strips, px, K, 1, rows, padded, K)
         for p in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > 4 * SERIAL):
+            j = p * NR
+            bias_j = b + j if b != NULL else NULL
+            residual_j = r + j if r != NULL else NULL
             if rows == 1:
-                packed_row(o + p * NR, <int32_t*>strips, <int32_t*>panels + p * NR * pairs,
-                           b + p * NR if b != NULL else NULL, r + p * NR if r != NULL else NULL, pairs,
-                           min(NR, N - p * NR))
+                packed_row(o + j, <int32_t*>strips, <int32_t*>panels + j * pairs, bias_j, residual_j, pairs,
+                           min(NR, N - j))
             else:
-                macro_kernel(o + p * NR, N, strips, pairs, 1, panels + p * NR * pairs, 0,
-                             r + p * NR if r != NULL else NULL, N, b + p * NR if b != NULL else NULL, rows,
-                             min(NR, N - p * NR), pairs, True)
+                packed_rows(o + j, N, strips, panels + j * pairs, bias_j, residual_j, rows, pairs, min(NR, N - j))
 
 
 # ---- embedding ---------------------------------------------------------------------------------------------
@@ -769,23 +805,26 @@ cdef float LAYERNORM_EPS = 1e-5
 
 cdef void layernorm_row(float* out, float* mean, float* rstd, const float* x, const float* weight,
                         const float* bias, Py_ssize_t C) noexcept nogil:
-    cdef Py_ssize_t j, jb, blocks = ceil_div(C, VL)
-    cdef vf acc = vset(0), mu, scale, centred
+    cdef Py_ssize_t j, jb, blocks = ceil_div(C, 2 * VL)
+    cdef vf acc0 = vset(0), acc1 = vset(0), mu, scale, x0, x1  # two chains of additions side by side
     for jb in range(blocks):
-        acc = acc + part(x + jb * VL, C - jb * VL)
-    mean[0] = vsum(acc) / C
+        j = jb * 2 * VL
+        acc0 = acc0 + part(x + j, C - j)
+        acc1 = acc1 + part(x + j + VL, C - j - VL)
+    mean[0] = vsum(acc0 + acc1) / C
     mu = vset(mean[0])
-    acc = vset(0)
+    acc0 = acc1 = vset(0)
     for jb in range(blocks):
-        j = jb * VL
-        centred = vload(x + j) - mu if j + VL <= C else vload_part(x + j, C - j, mean[0]) - mu
-        acc = vfma(centred, centred, acc)
-    rstd[0] = 1 / sqrtf(vsum(acc) / C + LAYERNORM_EPS)
+        j = jb * 2 * VL
+        x0 = (vload(x + j) if j + VL <= C else vload_part(x + j, C - j, mean[0])) - mu
+        x1 = (vload(x + j + VL) if j + 2 * VL <= C else vload_part(x + j + VL, C - j - VL, mean[0])) - mu
+        acc0 = vfma(x0, x0, acc0)
+        acc1 = vfma(x1, x1, acc1)
+    rstd[0] = 1 / sqrtf(vsum(acc0 + acc1) / C + LAYERNORM_EPS)
     scale = vset(rstd[0])
-    for jb in range(blocks):
+    for jb in range(ceil_div(C, VL)):
         j = jb * VL
-        put(out + j, vfma((part(x + j, C - j) - mu) * scale, part(weight + j, C - j), part(bias + j, C - j)),
-                    min(VL, C - j))
+        put(out + j, vfma((part(x + j, C - j) - mu) * scale, part(weight + j, C - j), part(bias + j, C - j)), C - j)
 
 
 def layernorm_forward(cnp.ndarray out, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray x, cnp.ndarray weight,
@@ -991,8 +1030,9 @@ cdef int describe_heads(Heads* h, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_s
 cdef void pack_panels(float* panels, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t k,
                       Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t p
+    cdef float sums[NR]
     for p in range(ceil_div(n, NR)):
-        pack_panel(panels + p * k * NR, b + p * NR * cs_b, rs_b, cs_b, k, min(NR, n - p * NR))
+        pack_panel(panels + p * k * NR, sums, b + p * NR * cs_b, rs_b, cs_b, k, min(NR, n - p * NR))
 
 
 cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, Py_ssize_t m, Py_ssize_t rows,
@@ -1012,12 +1052,25 @@ cdef inline Py_ssize_t keys_of_strip(const Heads* h, Py_ssize_t first) noexcept 
 
 cdef void score_block(float* scores, const float* q, const float* k_panels, const Heads* h, Py_ssize_t first,
                       Py_ssize_t m) noexcept nogil:
-    """scores (m, ld) = q (m, D) k^T, strip by strip up to the diagonal."""
-    cdef Py_ssize_t strip, i
-    for strip in range(ceil_div(m, MR)):
-        i = strip * MR
-        macro_kernel(scores + i * h.ld, h.ld, q + i * h.D, h.D, 1, k_panels, h.D * NR, NULL, 0, NULL, MR,
-                     keys_of_strip(h, first + i), h.D, False)
+    """scores (m, ld) = q (m, D) k^T: each panel of keys, while it is in L1, for all strips of queries that see it."""
+    cdef Py_ssize_t jb, j, i
+    for jb in range(ceil_div(first + m, NR)):
+        j = jb * NR
+        i = max(0, j - first) // MR * MR
+        macro_kernel(scores + i * h.ld + j, h.ld, q + i * h.D, MR * h.D, h.D, 1, k_panels + j * h.D, 0, NULL, 0,
+                     NULL, ceil_div(m - i, MR) * MR, NR, h.D, False)
+
+
+cdef void weighted_rows(float* out, Py_ssize_t ldo, const float* weights, const float* panels, const Heads* h,
+                        Py_ssize_t first, Py_ssize_t m) noexcept nogil:
+    """out (m, D), rows ldo apart, = weights (m, keys) x (keys, D), x in panels; keys up to the diagonal."""
+    cdef Py_ssize_t jb, j, strip, i
+    for jb in range(ceil_div(h.D, NR)):
+        j = jb * NR
+        for strip in range(ceil_div(m, MR)):
+            i = strip * MR
+            macro_kernel(out + i * ldo + j, ldo, weights + i * h.ld, 0, h.ld, 1, panels + j * h.T, 0, NULL, 0,
+                         NULL, min(MR, m - i), min(NR, h.D - j), keys_of_strip(h, first + i), False)
 
 
 cdef float exp_row(float* scores, Py_ssize_t n, Py_ssize_t limit, float* inverse) noexcept nogil:
@@ -1079,7 +1132,7 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
     cdef float* q_block = v_panels + h.Dp * h.T
     cdef float* scores = q_block + h.queries * h.D
     cdef float inverse[QUERY_STRIPS * MR]
-    cdef Py_ssize_t block, first, i, m, n, strip
+    cdef Py_ssize_t block, first, i, m, n
     pack_panels(k_panels, q + C, 1, h.stride, h.D, h.T)
     pack_panels(v_panels, q + 2 * C, h.stride, 1, h.T, h.D)
     for block in range(ceil_div(h.T, h.queries)):
@@ -1093,10 +1146,7 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
                                                   inverse + i)
             if h.p > 0:
                 drop_row(scores + i * h.ld, h, head, first + i, n)
-        for strip in range(ceil_div(m, MR)):
-            i = strip * MR
-            macro_kernel(out + (b * h.T + first + i) * C + at, C, scores + i * h.ld, h.ld, 1, v_panels, h.T * NR,
-                         NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
+        weighted_rows(out + (b * h.T + first) * C + at, C, scores, v_panels, h, first, m)
         for i in range(m):
             scale_row(out + (b * h.T + first + i) * C + at, inverse[i], h.D)
 
@@ -1157,7 +1207,7 @@ cdef void key_gradients(float* dkv, const float* weights, const float* panels, c
     for strip in range(ceil_div(n, MR)):
         j = strip * MR
         start = max(0, j - first)
-        macro_kernel(dkv + j * h.stride, h.stride, weights + start * h.ld + j, 1, h.ld, panels + start * NR,
+        macro_kernel(dkv + j * h.stride, h.stride, weights + start * h.ld + j, 0, 1, h.ld, panels + start * NR,
                      h.queries * NR, dkv + j * h.stride if j < first else NULL, h.stride, NULL, min(MR, n - j), h.D,
                      m - start, False)
 
@@ -1181,7 +1231,7 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
     cdef float* weights = do_panels + h.queries * h.Dp
     cdef float* dweights = weights + h.queries * h.ld
     cdef float* delta = dweights + h.queries * h.ld
-    cdef Py_ssize_t block, first, i, m, strip
+    cdef Py_ssize_t block, first, i, m
     pack_panels(kt_panels, q + C, 1, h.stride, h.D, h.T)
     pack_panels(vt_panels, q + 2 * C, 1, h.stride, h.D, h.T)
     pack_panels(k_panels, q + C, h.stride, 1, h.T, h.D)
@@ -1199,10 +1249,7 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
         pack_panels_of_block(do_panels, do_block, h)
         key_gradients(dv, weights, do_panels, h, first, m)    # out = weights @ v    ->  dv = weights^T @ dout
         key_gradients(dk, dweights, q_panels, h, first, m)    # scores = q @ k^T     ->  dk = dscores^T @ q
-        for strip in range(ceil_div(m, MR)):                  #                          dq = dscores @ k
-            i = strip * MR
-            macro_kernel(dq + (first + i) * h.stride, h.stride, dweights + i * h.ld, h.ld, 1, k_panels, h.T * NR,
-                         NULL, 0, NULL, min(MR, m - i), h.D, keys_of_strip(h, first + i), False)
+        weighted_rows(dq + first * h.stride, h.stride, dweights, k_panels, h, first, m)  #   dq = dscores @ k
         for i in range(first, first + m):
             scale_row(dq + i * h.stride, h.scale, h.D)
 

@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +63,14 @@ static inline void vstore_part(float *p, vf x, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) p[i] = x[i];
 }
 
+/* NR floats from p on will be wanted soon. Any address will do. */
+static inline void prefetch_read(const float *p) {
+    for (int i = 0; i < NR; i += 16) __builtin_prefetch(p + i, 0);
+}
+static inline void prefetch_write(const float *p) {
+    for (int i = 0; i < NR; i += 16) __builtin_prefetch(p + i, 1);
+}
+
 static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 /* x with every lane from n on replaced by fill, whatever it held. */
 static inline vf vcut(vf x, ptrdiff_t n, float fill) {
@@ -73,19 +82,27 @@ static inline vf vcut(vf x, ptrdiff_t n, float fill) {
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
 
-static inline float vsum(vf x) {
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-}
-static inline float vpeak(vf x) {
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-    return x[0];
-}
 static inline vf vsqrt(vf x) {
     for (int i = 0; i < VL; i++) x[i] = sqrtf(x[i]);
     return x;
+}
+
+/* The lanes together: quarters first, so that no lane goes through memory. */
+typedef float quad __attribute__((vector_size(16)));
+typedef union { vf whole; quad part[VL / 4]; } quads;
+static inline float vsum(vf x) {
+    quads q = {x};
+    quad sum = q.part[0];
+    for (int i = 1; i < VL / 4; i++) sum += q.part[i];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+static inline float vpeak(vf x) {
+    quads q = {x};
+    quad peak = q.part[0];
+    for (int i = 1; i < VL / 4; i++)
+        for (int l = 0; l < 4; l++) peak[l] = peak[l] > q.part[i][l] ? peak[l] : q.part[i][l];
+    float low = peak[0] > peak[2] ? peak[0] : peak[2], high = peak[1] > peak[3] ? peak[1] : peak[3];
+    return low > high ? low : high;
 }
 
 /* exp(x), relative error below 2e-7 for -87.3 <= x <= 88; beyond, x is held at the bound, and NaN stays NaN.

@@ -184,7 +184,7 @@ def test_bad_arrays_are_refused_by_name(kernels, case):
         for what, bad in broken(value).items():
             if name in ("wte", "wpe", "dwte", "dwpe") and what == "too short":
                 continue  # their number of rows is taken from the array; the indices are checked against it
-            with pytest.raises(ValueError, match="must|lie"):
+            with pytest.raises(ValueError, match=r"must|lie"):
                 getattr(kernels, case.kernel)(**(case.args | {name: bad}))
                 pytest.fail(f"{case.kernel} took {name} that is {what}")
         with pytest.raises(TypeError):
@@ -248,6 +248,12 @@ def in_python(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_an_instruction_set_can_be_forced(isa):
     done = in_python("from feste import ops; print(ops.isa, ops.isa_reason)", FESTE_ISA=isa)
     assert done.stdout.strip() == f"{isa} forced by FESTE_ISA", done.stderr
+
+
+@pytest.mark.parametrize("isa", ops.available_isas)
+def test_every_instruction_set_is_compiled_with_its_own_flags(isa):
+    panel = ops.load(isa).packed_size(1, 1)  # two vectors wide, and the width comes from the compiler's flags
+    assert panel == {"avx512": 32, "avx2": 16, "generic": 8}[isa]
 
 
 def test_an_instruction_set_that_is_not_there_is_an_error():
