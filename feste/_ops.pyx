@@ -196,7 +196,7 @@ cdef enum:
     MC = 96    # x KC floats of a: 192 KB of L2
     NC = 3072  # x KC floats of packed b: 6 MB of L3
     SIDE = 2   # x MR floats of a, side by side: whole cache lines
-    AHEAD = 16 # rows that are on their way while one is packed
+    AHEAD = 8  # rows that are on their way while one is packed: as many as a set of L1 has ways
     TASKS = 8  # blocks of c for each thread: fine enough that a thread that was held up costs the others little
 
 
