@@ -218,6 +218,21 @@ def threads(args) -> dict:
     return {"threads": data}
 
 
+def saves(args) -> dict:
+    """How long checkpoints hold a run up."""
+    report.headline("the wait for a checkpoint, one at every validation: median (range)")
+    data, table = {}, []
+    for size in args.sizes:
+        arguments = {"size": size, "accumulation": ACCUMULATION.get(size, 1)}
+        results, _ = alternate("saves", {"feste": arguments}, args.rounds, quiet)
+        data[size] = {key: figures(results, key)["feste"].values for key in results["feste"][0]}
+        share = Figure([100 * value for value in data[size]["share"]])
+        table.append([size, *(str(Figure([1e3 * value for value in data[size][key]]))
+                              for key in ("step_seconds", "save_seconds")), f"{share} %"])
+    report.show(["model", "step, ms", "wait for a save, ms", "share of the time"], table)
+    return {"saves": data}
+
+
 def where(args) -> dict:
     """Where the time of a step goes."""
     for size in args.sizes:
@@ -237,7 +252,7 @@ def monitor(args) -> dict:
 
 
 DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads,
-                                       where, monitor)}
+                                       saves, where, monitor)}
 
 
 def short(args) -> dict:
@@ -252,7 +267,7 @@ def short(args) -> dict:
 def long(args) -> dict:
     """Everything, with PyTorch compiled and the GPT-2 size: about an hour."""
     results = {}
-    for discipline in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads, where, monitor):
+    for discipline in DISCIPLINES.values():
         results |= discipline(args)
     return results
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import feste.model
 import feste.optim
-from feste import ops
+from feste import GPT2, AdamW, ops
 from tools.bench.clock import measured_peak
 from tools.bench.sizes import SEQUENCES, model_config, step_flops
-from tools.bench.steps import _batch, _feste_stepper
+from tools.bench.steps import batch, feste_stepper
 
 
 class Stopwatch:
@@ -55,13 +55,14 @@ def _label(name: str, args: tuple) -> tuple[str, float]:
 def profile(size: str, precision: str, steps: int = 10) -> str:
     """A table of what the kernels of a step cost, and of what is left between them."""
     config, watch = model_config(size), Stopwatch()
-    step, batch = _feste_stepper(config, precision, 1), _batch(config, SEQUENCES)
+    model = GPT2(config, seed=0, precision=precision)
+    step, ids_and_targets = feste_stepper(model, AdamW(model), 1), batch(config, SEQUENCES)
     for _ in range(2):
-        step(*batch)
+        step(*ids_and_targets)
     feste.model.ops = feste.optim.ops = watch.ops
     begun = time.perf_counter()
     for _ in range(steps):
-        step(*batch)
+        step(*ids_and_targets)
     total = time.perf_counter() - begun
     feste.model.ops = feste.optim.ops = ops
     peak = measured_peak(precision == "bf16")

@@ -14,15 +14,13 @@ from tools.bench.sizes import SEQUENCES, model_config, step_flops
 LEARNING_RATE = 1e-3
 
 
-def _batch(config, sequences: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(config, sequences: int) -> tuple[np.ndarray, np.ndarray]:
     both = np.random.default_rng(0).integers(0, config.vocab_size, (sequences, config.block_size + 1)).astype(np.int32)
     return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
 
 
-def _feste_stepper(config, precision: str, accumulation: int):
-    model = GPT2(config, seed=0, precision=precision)
-    optimizer = AdamW(model)
-
+def feste_stepper(model: GPT2, optimizer: AdamW, accumulation: int):
+    """step(ids, targets) -> loss: forward, backward, clip and update, in `accumulation` mini-batches."""
     def step(ids, targets) -> float:
         size, total = len(ids) // accumulation, 0.0
         for i in range(0, len(ids), size):
@@ -46,7 +44,8 @@ def _torch_stepper(config, contender: str, precision: str, accumulation: int, th
 def _stepper(contender: str, config, precision: str, accumulation: int, threads: int):
     if contender == "feste":
         ops.set_num_threads(threads)
-        return _feste_stepper(config, precision, accumulation)
+        model = GPT2(config, seed=0, precision=precision)
+        return feste_stepper(model, AdamW(model), accumulation)
     return _torch_stepper(config, contender, precision, accumulation, threads or ops.get_num_threads())
 
 
@@ -59,12 +58,12 @@ def measure(size: str, contender: str, precision: str, seconds: float, threads: 
     """
     config = model_config(size, block_size)
     step = _stepper(contender, config, precision, accumulation, threads)
-    batch = _batch(config, sequences)
-    losses = [step(*batch) for _ in range(3)]
+    ids_and_targets = batch(config, sequences)
+    losses = [step(*ids_and_targets) for _ in range(3)]
     times, begun = [], time.perf_counter()
     while time.perf_counter() - begun < seconds or len(times) < 2:
         start = time.perf_counter()
-        step(*batch)
+        step(*ids_and_targets)
         times.append(time.perf_counter() - start)
     result = {"steps_per_second": 1.0 / float(np.median(times)), "losses": losses, "peak_bytes": peak_memory_bytes()}
     if contender == "feste":
@@ -80,5 +79,5 @@ def measure_memory(size: str, contender: str, precision: str, block_size: int | 
     config = model_config(size, block_size)
     step = _stepper(contender, config, precision, accumulation, 0)
     for _ in range(2):
-        step(*_batch(config, sequences))
+        step(*batch(config, sequences))
     return {"peak_bytes": peak_memory_bytes()}
