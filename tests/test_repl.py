@@ -203,6 +203,16 @@ def test_lines_that_end_in_a_backslash_go_on(session, tmp_path):
     assert "seed 4\nROMEO:\nTo be" in (tmp_path / "said.txt").read_text(encoding="utf-8")
 
 
+def test_saved_settings_draw_the_saved_answer_again(session, voice, tmp_path):
+    session.send("/seed random", "seed random")
+    session.send("/temp 0.123456789", "temp 0.123456789")
+    session.send("To be", REPORT)
+    session.send(f"/save {tmp_path / 'said.txt'}", "1 answers")
+    head, _, said = (tmp_path / "said.txt").read_text(encoding="utf-8").partition("\n")
+    seed = int(re.search(r"seed (\d+)$", head)[1])
+    assert said == f"To be{completion(voice, 'To be', 12, temperature=0.123456789, seed=seed)}\n"
+
+
 def test_a_mistake_is_told_and_forgiven(session):
     session.send("/temp warm", "error: /temp: 'warm' is not a number")
     session.send("/top-p 2", "error: /top-p: top_p must lie in")

@@ -17,7 +17,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -69,6 +69,10 @@ class Dial:
             kind = "a whole number" if self.kind is int else "a number"
             raise ValueError(f"{word!r} is not {kind}{f' or {self.unset!r}' if self.unset else ''}") from None
 
+    def word(self, value: float | int | None) -> str:
+        """What `parse` reads as this value, every digit of it: a seed that is rounded draws another answer."""
+        return self.unset if value is None else str(value)
+
 
 DIALS = {
     "temp": Dial("temperature", float, "temperature: 0 takes the most likely token, higher is more varied"),
@@ -103,9 +107,7 @@ class Settings:
         return generation.Sampler(self.temperature, self.top_k, self.top_p, seed)
 
     def __str__(self) -> str:
-        words = (f"{name} {dial.unset if value is None else format(value, 'g')}"
-                 for (name, dial), value in zip(DIALS.items(), asdict(self).values(), strict=True))
-        return ", ".join(words)
+        return ", ".join(f"{name} {dial.word(getattr(self, dial.field))}" for name, dial in DIALS.items())
 
 
 # ---- models and their answers ------------------------------------------------------------------------------
@@ -320,8 +322,7 @@ def _turn(name: str, repl: Repl, argument: str) -> None:
             repl.settings = replace(repl.settings, **{dial.field: dial.parse(word)})
         except ValueError as error:
             raise ValueError(f"/{name}: {error}") from None
-    value = getattr(repl.settings, dial.field)
-    repl.say(f"{name} {dial.unset if value is None else value}")
+    repl.say(f"{name} {dial.word(getattr(repl.settings, dial.field))}")
 
 
 def _again(repl: Repl, argument: str) -> None:
