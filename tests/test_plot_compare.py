@@ -15,7 +15,7 @@ from feste import GPT2, BPETokenizer, Checkpoint, Config, train_gpt2
 from feste.data import split_tokens
 from feste.runlog import RunLog
 from tools import compare, plot
-from tools.repl import Voice
+from tools.repl.voice import Voice
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "nobler", "mind", "suffer", "naïve", "slings"]
 TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 2500))

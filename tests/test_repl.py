@@ -10,7 +10,8 @@ import pexpect
 import pytest
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config, generation
-from tools.repl import COMMANDS, DIALS, Answer, Repl, Settings, Voice, read_prompt, token_text, visible
+from tools.repl.loop import COMMANDS, Repl, read_prompt, token_text
+from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
 ROOT = Path(__file__).parent.parent
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer, naïve 漢字. " * 20

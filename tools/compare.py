@@ -29,7 +29,8 @@ from feste.cli import guarded
 from feste.corpus import CorpusError, read_text, shakespeare_text
 from feste.data import split_tokens, validation_windows, windows
 from feste.runlog import LOG_NAME, RunReader, perplexity
-from tools.repl import NARROWEST, Voice, visible
+from tools.repl.loop import NARROWEST
+from tools.repl.voice import Voice, visible
 
 NAMED_DIFFERENCES = 4    # fields in a label
 LABEL_WIDTH = 20         # characters of a value in a label

@@ -1,0 +1,1 @@
+"""python -m tools.repl: talk to a model."""

@@ -1,0 +1,134 @@
+"""Talk to a model: `python -m tools.repl CHECKPOINT_OR_RUN`, or two of them with `--compare A B`.
+
+A line is a prompt that the model continues; a line that ends in a backslash goes on in the next one. A line that
+starts with a slash is a command (`/help`), with two slashes a prompt that starts with one. If standard input or
+output is no terminal, the same lines are read, only answers go to standard output, and an error ends the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from feste.cli import guarded
+from feste.config import PRECISIONS
+from tools.repl.loop import COMMANDS, Repl
+from tools.repl.voice import DIALS, Settings, Voice
+
+HISTORY_LINES = 1000
+
+
+def history_path() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feste" / "repl_history"
+
+
+@contextlib.contextmanager
+def line_editing() -> Iterator[None]:
+    """Line editing, history and completion of command names, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    path = history_path()
+    readline.set_completer_delims(" ")
+    readline.set_completer(_complete)
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    readline.set_history_length(HISTORY_LINES)
+    with contextlib.suppress(OSError):  # a history that cannot be read or kept is no reason not to talk
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+
+
+def _complete(text: str, state: int) -> str | None:
+    found = [f"/{name} " for name in COMMANDS if f"/{name}".startswith(text)] if text.startswith("/") else []
+    return found[state] if state < len(found) else None
+
+
+def _script_line(_: str) -> str:
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}; convert it first, for example with iconv") from None
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.repl", description="Talk to a model.",
+                                     epilog="With a pipe for standard input, each line is a prompt (or a command), "
+                                     "and only the answers go to standard output.")
+    parser.add_argument("path", nargs="?", metavar="CHECKPOINT_OR_RUN", help="of a run directory: its best checkpoint")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answer each prompt from two checkpoints")
+    for name, dial in DIALS.items():
+        default = getattr(Settings, dial.field)
+        parser.add_argument(f"--{name}", metavar="N", dest=dial.field,
+                            help=f"{dial.help} (default: {dial.unset if default is None else default})")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: that of the checkpoint")
+    parser.add_argument("--null", action="store_true",
+                        help="end each answer with a NUL byte, since it may have line ends in it (scripts only)")
+    return parser
+
+
+def start(args: argparse.Namespace) -> int:
+    if (args.path is None) == (args.compare is None):
+        raise ValueError("name one checkpoint or run directory, or two with --compare A B")
+    settings = _settings(args)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    voices = [Voice(path, args.precision) for path in args.compare or [args.path]]
+    for line in (line for voice in voices for line in voice.passed_over):
+        print(f"passed over: {line}", file=sys.stderr)
+    repl = Repl(voices, settings, interactive, "\0" if args.null else "\n")
+    if not interactive:
+        sys.stdin.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8")
+        return repl.run(_script_line)
+    sys.stdout.reconfigure(errors="replace")
+    for voice in voices:
+        repl.say(f"{voice.name}: {voice.model.num_parameters():,} parameters, step {voice.step:,}", "bold")
+    repl.say("/help lists the commands, Ctrl+C stops an answer, Ctrl+D ends")
+    with line_editing():
+        return repl.run(input)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    values = {}
+    for name, dial in DIALS.items():
+        word = getattr(args, dial.field)
+        if word is not None:
+            try:
+                values[dial.field] = dial.parse(word)
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from None
+    return Settings(**values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return guarded(lambda: _quietly(args))
+    except BrokenPipeError:  # whoever read the answers has enough; Python must not complain of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _quietly(args: argparse.Namespace) -> int:
+    """start, with the shell's code for Ctrl+C."""
+    try:
+        return start(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
