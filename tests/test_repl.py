@@ -15,7 +15,7 @@ from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
 ROOT = Path(__file__).parent.parent
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer, naïve 漢字. " * 20
-REPORT = r"tokens/s; seed \d+\]"
+REPORT = r"tokens/s;\s+seed\s+\d+\]"
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,10 @@ class Terminal(pexpect.spawn):
 class Session:
     """The REPL at a pseudo-terminal."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, columns=100):
         self.child = Terminal(sys.executable, ["-m", "tools.repl", *map(str, arguments)], cwd=str(ROOT),
-                              env=environment(folder), encoding="utf-8", codec_errors="strict",
-                              dimensions=(40, 100), timeout=20)
+                              env=environment(folder) | {"COLUMNS": str(columns)}, encoding="utf-8",
+                              codec_errors="strict", dimensions=(40, columns), timeout=60)
         self.child.expect("Ctrl.D ends")
         self.child.expect_exact("> ")
 
@@ -265,9 +265,15 @@ def test_history_outlives_the_session_and_lines_can_be_edited(folder):
     assert (folder / "state" / "feste" / "repl_history").stat().st_size > 0
 
 
+def test_messages_break_between_words(folder):
+    session = Session(folder, folder / "run", columns=40)
+    session.send("/nonsense", r"no command /nonsense; \r\n/help lists them, // begins a prompt \r\nwith a slash")
+    assert session.end() == 0
+
+
 def test_compare_answers_side_by_side(folder):
     session = Session(folder, "--compare", folder / "run", folder / "other.bin", "--tokens", "6")
-    shown = session.send("To be", r"\[run/checkpoint_best.bin: 6 tokens in .*other.bin: 6 tokens .*seed \d+\]")
+    shown = session.send("To be", r"\[run/checkpoint_best.bin: 6 tokens in .*other.bin: 6\s+tokens .*seed\s+\d+\]")
     assert re.search(r"run/checkpoint_best.bin ─*╮╭─.*other.bin ─*╮", shown)
     assert session.end() == 0
 

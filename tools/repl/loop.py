@@ -20,7 +20,7 @@ from rich.text import Text
 
 from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
-NARROWEST = 30  # characters of a column; more answers than fit side by side go below
+NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
 FRAMES_PER_SECOND = 12
 
 
@@ -60,7 +60,7 @@ class Repl:
             self.answer(line[1:] if line.startswith("//") else line)
 
     def say(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(visible(text), style), soft_wrap=True)
+        self.console.print(Text(visible(text), style), soft_wrap=not self.interactive)
 
     # ---- answering ------------------------------------------------------------------------------------------
 
