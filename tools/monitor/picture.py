@@ -7,20 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tools.monitor import text
-from tools.monitor.curve import (
-    Axes,
-    Picture,
-    Row,
-    Series,
-    View,
-    draw,
-    finite,
-    message,
-    smooth,
-    ticks,
-    time_ticks,
-    value_at,
-)
+from tools.monitor.curve import Axes, Picture, Row, Series, View, draw, message
+from tools.monitor.numbers import finite, smooth, ticks, time_ticks, value_at
 from tools.monitor.runs import Run
 
 SPANS = (1, 10, 50, 250)  # rows in the moving average

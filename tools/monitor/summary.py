@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict
 
 from tools.monitor import text
-from tools.monitor.curve import sparkline
+from tools.monitor.numbers import sparkline
 from tools.monitor.runs import Run, Summary
 
 SPARK_WIDTH = 60

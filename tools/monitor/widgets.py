@@ -13,8 +13,9 @@ from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
 from tools.monitor import summary, text
-from tools.monitor.curve import Row, sparkline
+from tools.monitor.curve import Row
 from tools.monitor.keys import GROUPS, MOUSE
+from tools.monitor.numbers import sparkline
 from tools.monitor.picture import Options, extent, picture
 from tools.monitor.runs import Run, Summary
 
