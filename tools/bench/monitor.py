@@ -1,4 +1,4 @@
-"""How quickly a run of a million rows is read and how much memory that takes, in a process of its own."""
+"""The monitor on a run of a million rows: how soon it shows it, what a refresh costs, how much memory it takes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,49 @@ from pathlib import Path
 from feste.runlog import COLUMNS, LOG_NAME
 
 ROWS = 1_000_000
-READER = """
-import json, resource, sys, time
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from feste.runlog import RunReader
-begun = time.perf_counter()
-reader = RunReader(sys.argv[1])
-reader.poll()
-first = time.perf_counter() - begun
-with open(sys.argv[1] + "/training_log.csv", "a") as file:
-    file.write(sys.argv[2])
-begun = time.perf_counter()
-assert reader.poll()
-again = time.perf_counter() - begun
-assert len(reader.columns["step"]) == int(sys.argv[3]) + 1
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds to read all": first, "seconds to read one more": again, "peak MB": peak / 1e3}))
+REFRESHES = 20
+# The whole program on a large window, headless. Its clock starts before Python does, and rows come one at a time.
+WATCHER = f"""
+import asyncio, json, resource, statistics, sys, time
+from pathlib import Path
+from tools.monitor.app import Monitor
+from tools.monitor.runs import Watch
+from tools.monitor.widgets import Plot
+
+folder, rows, row, begun = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+
+def seen(app, rows):
+    return app.selected is not None and len(app.selected.columns["step"]) >= rows
+
+def refresh(app):
+    begun = time.perf_counter()
+    app.watch.poll()
+    app.show()
+    for plot in app.query(Plot):
+        plot.render()
+    return time.perf_counter() - begun
+
+async def main():
+    app = Monitor(Watch([Path(folder)]))
+    async with app.run_test(size=(200, 60)) as pilot:
+        found = {{}}
+        for name, wanted in (("seconds to the first picture", 1), ("seconds to the whole run", rows)):
+            while not seen(app, wanted):
+                await pilot.pause(0.005)
+            found[name] = time.time() - begun
+        app._stop.set()  # the thread that reads gives way to `refresh`
+        await asyncio.sleep(1.0)
+        times = []
+        for i in range({REFRESHES}):
+            with open(Path(folder, "{LOG_NAME}"), "a") as file:
+                file.write(row.replace("STEP", str(rows + 1 + i)))
+            times.append(refresh(app))
+            assert seen(app, rows + 1 + i)
+        found["seconds a refresh"] = statistics.median(times)
+    return found
+
+found = asyncio.run(main())
+print(json.dumps(found | {{"peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}}))
 """
 
 
@@ -41,9 +68,10 @@ def measure(rows: int = ROWS) -> dict:
         with open(Path(folder, LOG_NAME), "w") as file:
             file.write(",".join(COLUMNS) + "\n")
             file.writelines(_row(step) for step in range(1, rows + 1))
-        done = subprocess.run([sys.executable, "-c", READER, folder, _row(rows + 1), str(rows)], capture_output=True,
-                              text=True, check=True)
-        result = json.loads(done.stdout)
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "tools.monitor", "--once", folder], capture_output=True, check=True)
-        return result | {"seconds of `monitor --once`": time.perf_counter() - begun}
+        once = time.perf_counter() - begun
+        more = "STEP" + _row(0)[1:]
+        done = subprocess.run([sys.executable, "-c", WATCHER, folder, str(rows), more, str(time.time())],
+                              capture_output=True, text=True, check=True)
+        return {"seconds of `monitor --once`": once} | json.loads(done.stdout)
