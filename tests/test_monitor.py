@@ -34,7 +34,7 @@ from tools.monitor.curve import Axes, Series, View
 from tools.monitor.keys import KEYS
 from tools.monitor.picture import Options
 from tools.monitor.runs import Watch, in_order
-from tools.monitor.widgets import Help
+from tools.monitor.widgets import Help, Plot
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +224,7 @@ async def test_keys_that_quit(folder, key):
 async def test_cycles_come_round(folder):
     async with Shown(folder, size=(160, 48)) as (app, pilot):
         before = state_of(app)
-        for key, times in (("s", 3), ("tab", 3), ("x", 2), ("l", 2), ("e", 4), ("w", 3), ("m", 4), ("z", 2), ("d", 2)):
+        for key, times in (("s", 3), ("tab", 3), ("x", 3), ("l", 2), ("e", 4), ("w", 3), ("m", 4), ("z", 2), ("d", 2)):
             seen = set()
             for _ in range(times):
                 await pilot.press(key)
@@ -322,6 +322,19 @@ async def test_everything_is_on_the_screen(folder, size):
         assert "sample 10 of 10  step 100  newest" in screen_text(app)
 
 
+async def test_a_large_window_shows_the_other_metrics_beside_the_loss(folder):
+    async with Shown(folder, size=(200, 60)) as (app, pilot):
+        metrics = ("learning rate  ● live", "gradient norm  ● live", "tokens per second  ● live")
+        await until(pilot, lambda: all(name in screen_text(app) for name in metrics))
+        await pilot.press("m")  # the large plot and a small one change places
+        await until(pilot, lambda: screen_text(app).count("learning rate") == 2 and "★ best" in screen_text(app))
+        await pilot.hover("#gradient_norm", offset=(40, 3))  # one reading line for all
+        step = f"step {app.plot.options.cursor:,.0f}  ● "
+        await until(pilot, lambda: screen_text(app).count(step) == 4)
+        await pilot.press("1")
+        await until(pilot, lambda: "gradient norm" not in screen_text(app))
+
+
 @pytest.mark.parametrize("size", [(20, 5), (40, 10), (81, 3), (300, 100)])
 async def test_odd_sizes(folder, size):
     async with Shown(folder, size=size) as (app, pilot):
@@ -366,6 +379,41 @@ async def test_time_axis_keeps_the_part_in_view(folder):
         view = app.plot.options.view
         assert view.end == pytest.approx(87.625 / 2) and view.span == pytest.approx(49.5 / 2)
         await until(pilot, lambda: "30s" in screen_text(app))
+
+
+async def test_tokens_axis(tmp_path):
+    make_run(tmp_path / "run", rows(100), info(tokens_per_step=2048))
+    make_run(tmp_path / "untold", rows(100), info(started="2025"))
+    async with Shown(tmp_path) as (app, pilot):
+        await pilot.press("x", "x", "comma", "comma")
+        await until(pilot, lambda: re.search(r"20\d,\d{3} tokens  ● train 1\.5", screen_text(app)))
+        assert "by tokens" in screen_text(app) and "150k" in screen_text(app)
+        await pilot.press("escape", "down")  # run.json does not tell how many tokens a step has
+        await until(pilot, lambda: "no values here yet" in screen_text(app))
+
+
+async def test_the_reading_line_beyond_the_end_of_a_run(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.press("down", "space", "up", "comma")
+        await until(pilot, lambda: re.search(r"step 100  ● train 1\.\d+  val 1\.\d+  ■ train -  val -",
+                                             screen_text(app)))
+
+
+async def test_only_what_is_noisy_is_smoothed(folder):
+    async with Shown(folder) as (app, pilot):
+        await pilot.press("m")
+        await until(pilot, lambda: "learning rate  by step  raw" in screen_text(app))
+        await pilot.press("m")
+        await until(pilot, lambda: "gradient norm  by step  mean of 10" in screen_text(app))
+
+
+async def test_names_as_the_examples_make_them_fit_80_columns(tmp_path):
+    name = "shakespeare_medium_20261125_235736"
+    make_run(tmp_path / name, rows(3), info("interrupted"))
+    async with Shown(tmp_path) as (app, pilot):
+        await until(pilot, lambda: f"{name} " in screen_text(app).splitlines()[1])
+        ends = [[word.end() for word in re.finditer(r"\S+", line)][-4:] for line in screen_text(app).splitlines()[:2]]
+        assert ends[0] == ends[1]  # figures are below the ends of their heads
 
 
 async def test_colours_stay_when_a_run_comes(folder):
@@ -524,6 +572,26 @@ async def test_nan_and_inf(tmp_path):
             await pilot.pause()
         assert "train nan" in screen_text(app)
         json.loads(summary.as_json(app.runs()), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+async def test_nothing_new_is_not_drawn_again(folder, monkeypatch):
+    shows, draws = [], []
+    monkeypatch.setattr(Monitor, "on_monitor_polled", lambda app: shows.append(1))
+    monkeypatch.setattr(Plot, "render", lambda plot: draws.append(plot.id) or "")
+    async with Shown(folder, ready=lambda: bool(shows)) as (app, pilot):
+        monkeypatch.setattr(app_module, "POLL_SECONDS", 0.01)
+        app._waiting.clear()
+        app.show()
+        await pilot.pause(0.3)
+        quiet = len(shows), len(draws)
+        for _ in range(5):
+            app.show()
+            await pilot.pause(0.05)
+        assert (len(shows), len(draws)) == quiet
+        append(folder / "live", rows(20, first=101))
+        await until(pilot, lambda: len(shows) > quiet[0])
+        app.show()
+        await until(pilot, lambda: "curve" in draws[quiet[1]:])
 
 
 async def test_files_that_change_while_they_are_looked_at(tmp_path, monkeypatch):
@@ -688,6 +756,16 @@ def test_draw_by_hand():
     starts = [min((i for i, c in enumerate(line) if c != " "), default=None) for line in plot]
     assert starts == sorted(starts) and starts[0] == 0 and plot[4][-1] != " "
     assert "└" in lines[5] and lines[6].split()[0] == "0"
+
+
+def test_points_that_are_not_joined_are_one_dot_a_row():
+    y = np.where(np.arange(60) % 2, 1.0, 2.0)
+    dots = []
+    for joined in (False, True):
+        series = Series(np.arange(60.0), y, "", joined=joined)
+        text_of = str(curve.draw([series], Axes(0, 59, x_text=text.compact), 60, 12))
+        dots.append(sum((ord(c) - 0x2800).bit_count() for c in text_of if 0x2800 < ord(c) < 0x2900))
+    assert dots[0] == 60 and dots[1] > 10 * 60
 
 
 def test_spikes_do_not_flatten_the_curve():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from bisect import bisect_right
@@ -10,7 +11,7 @@ from contextlib import suppress
 from rich.text import Text
 from textual import events, work
 from textual.app import App, ComposeResult
-from textual.containers import Horizontal
+from textual.containers import Horizontal, Vertical
 from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Footer, Static
@@ -23,7 +24,8 @@ from tools.monitor.widgets import Help, Plot, RunTable, Samples, ScrubBar, Statu
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
-LARGE_WIDTH = 130
+LARGE_WIDTH, TALL = 130, 48
+SIDE_METRICS = ("learning rate", "gradient norm", "tokens per second")
 
 
 def after(value, values):
@@ -38,6 +40,7 @@ class Monitor(App):
     BINDINGS = keys.BINDINGS
     ENABLE_COMMAND_PALETTE = False
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-tall")]  # noqa: RUF012
     CSS = """
     #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
     .-large #runs { max-height: 12; }
@@ -46,11 +49,14 @@ class Monitor(App):
     #tabs { height: 1; padding: 0 1; background: $panel; }
     #views { height: 1fr; }
     #curve { width: 2fr; height: 1fr; }
-    #samples { width: 1fr; height: 1fr; padding: 0 1; }
+    #side { width: 1fr; height: 1fr; }
+    #samples { height: 3fr; padding: 0 1; }
+    .metric { height: 2fr; display: none; }
+    .-large.-tall #views.both .metric { display: block; }
     #sample_head, #sample_bar { height: 1; }
     #sample_scroll { height: 1fr; }
-    .-small #views.both #samples { display: none; }
-    #views.curve #samples { display: none; }
+    .-small #views.both #side { display: none; }
+    #views.curve #side { display: none; }
     #views.samples #curve { display: none; }
     .zen #runs, .zen #status { display: none; }
     .bare #runs, .bare #status, .bare #tabs, .bare #views { display: none; }
@@ -78,13 +84,16 @@ class Monitor(App):
         yield Status(id="status", markup=False)
         yield Static(id="tabs", markup=False)
         with Horizontal(id="views", classes="both"):
-            yield Plot()
-            yield Samples()
+            yield Plot("curve")
+            with Vertical(id="side"):
+                yield Samples()
+                for metric in SIDE_METRICS:
+                    yield Plot(metric.replace(" ", "_"), metric).add_class("metric")
         yield Footer(compact=True)
 
     @property
     def plot(self) -> Plot:
-        return self.screen_stack[0].query_one(Plot)
+        return self.screen_stack[0].query_one("#curve", Plot)
 
     @property
     def large(self) -> bool:
@@ -100,14 +109,16 @@ class Monitor(App):
 
     @work(thread=True)
     def _follow(self) -> None:
-        """Read until the app ends. At most one message waits, however slow the screen is."""
-        scanned = -SCAN_SECONDS
+        """Read until the app ends. At most one message waits, however slow the screen is; none if nothing is new."""
+        scanned, shown = -SCAN_SECONDS, -math.inf
         while not self._stop.is_set():
             if time.monotonic() - scanned >= SCAN_SECONDS or not self.watch.runs:
                 self.watch.scan()
                 scanned = time.monotonic()
             more = self.watch.poll()
-            if not self._waiting.is_set():
+            late = time.monotonic() - shown >= POLL_SECONDS  # showing takes time from the reading of a long log
+            if not self._waiting.is_set() and late and (shown < 0 or self.watch.fresh):
+                shown = time.monotonic()
                 self._waiting.set()
                 self.post_message(self.Polled())
             self._stop.wait(0.0 if more else POLL_SECONDS)
@@ -136,7 +147,8 @@ class Monitor(App):
         run, width = self.selected, self.size.width
         base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
         base.query_one(Status).show(run, width - 2)
-        self.plot.show(run, [one for one in runs if one.key in self.pinned])
+        for plot in base.query(Plot):
+            plot.show(run, [one for one in runs if one.key in self.pinned], self.plot.options)
         base.query_one(Samples).show(run, self.sample_index())
         tabs = Text.assemble(view_names(self.view, self.large), (f" {self.sort} first" if self.sort != "name" else
                              " by name", "dim"), ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True,
@@ -237,10 +249,11 @@ class Monitor(App):
 
     def action_zoom(self, factor: float) -> None:
         self.plot.zoom(factor)
-        self.show()
 
     def action_pan(self, fraction: float) -> None:
         self.plot.pan(fraction)
+
+    def on_plot_changed(self) -> None:
         self.show()
 
     def action_whole(self) -> None:

@@ -66,12 +66,16 @@ class View:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. With a glyph, that character stands at its points, or here and there if there are many."""
+    """A curve. With a glyph, that character stands at its points, or here and there if there are many.
+
+    Points that are not joined are told from a line without any colour.
+    """
 
     x: np.ndarray
     y: np.ndarray
     style: str
     glyph: str = ""
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def draw(series: list[Series], axes: Axes, width: int, height: int) -> Picture:
         if not axes.log or y > 0:
             canvas.level(scale(y), label)
     for s, columns in zip(series, reduced, strict=True):
-        canvas.curve(columns, s.style)
+        (canvas.curve if s.joined else canvas.dots)(columns, s.style)
     if axes.cursor is not None:
         canvas.vertical(axes.cursor)
     for s, columns in zip(series, reduced, strict=True):
@@ -208,6 +212,13 @@ class Canvas:
         rows = np.arange(4 * self.height)[:, None]
         dots = np.zeros((4 * self.height, 2 * self.width), bool)
         dots[:, begin:end] = (rows >= joined_top) & (rows <= joined_bottom)
+        self._add(dots, style)
+
+    def dots(self, columns: Columns, style: str) -> None:
+        """The last value and the extremes of each column."""
+        dots = np.zeros((4 * self.height, 2 * self.width), bool)
+        for values in (columns.last, columns.low, columns.high):
+            dots[self.dot_row(values), columns.place] = True
         self._add(dots, style)
 
     def _add(self, dots: np.ndarray, style: str) -> None:
@@ -287,7 +298,7 @@ def _frame(canvas: Canvas, axes: Axes, limits: tuple[float, float]) -> Picture:
 
 
 def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[int, str]:
-    most = max(3, canvas.height // 3)
+    most = max(2, min(5, canvas.height // 2), canvas.height // 4)
     if log:
         values = ticks(10.0 ** limits[0], 10.0 ** limits[1], most) if limits[1] - limits[0] < 1.5 else [
             10.0 ** power for power in ticks(*limits, most)]
@@ -301,7 +312,7 @@ def _y_labels(canvas: Canvas, log: bool, limits: tuple[float, float]) -> dict[in
 def _label(value: float, step: float) -> str:
     """A value with as many decimals as tell it from its neighbours."""
     decimals = min(6, max(0, -math.floor(math.log10(step) + 1e-9))) if step > 0 else 3
-    plain = [f"{value:.{decimals}f}" if step > 0 else f"{value:.4g}"]
+    plain = [f"{value:,.{decimals}f}" if step > 0 else f"{value:.4g}"]
     if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
         plain = []
     forms = [*plain, *(f"{value:.{digits}e}" for digits in (2, 1, 0))]

@@ -45,7 +45,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("right", "right", "pan(0.25)", "towards the newest step"),
         Key("0,home", "0 home", "whole", "the whole run"),
         Key("f,end", "f end", "follow", "follow the newest step"),
-        Key("x", "x", "axis", "x axis: step or time", "Axis"),
+        Key("x", "x", "axis", "x axis: step, time or tokens", "Axis"),
         Key("l", "l", "log", "logarithmic y axis", "Log"),
         Key("e", "e", "smooth", "smoothing: none, or the average of 10, 50 or 250 rows", "Smooth"),
         Key("w", "w", "lines", "which losses: both, validation, training"),

@@ -25,16 +25,14 @@ class Columns:
 
 def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points whose two coordinates are numbers, with x made ascending (a clock may have been set back)."""
-    keep = np.isfinite(x) & np.isfinite(y)
-    if not keep.all():
-        x, y = x[keep], y[keep]
     if len(x) and not (_moderate(x) and _moderate(y)):
-        return finite(np.where(np.abs(x) < HUGE, x, math.nan), np.where(np.abs(y) < HUGE, y, math.nan))
+        keep = (np.abs(x) < HUGE) & (np.abs(y) < HUGE)
+        x, y = x[keep], y[keep]
     return (np.maximum.accumulate(x) if (x[1:] < x[:-1]).any() else x), y
 
 
 def _moderate(values: np.ndarray) -> bool:
-    """Without a temporary array: a million values are 8 MB."""
+    """Whether all are. Without a temporary array: a million values are 8 MB. A NaN makes both comparisons false."""
     return values.min() > -HUGE and values.max() < HUGE
 
 
@@ -90,14 +88,17 @@ def value_at(x: np.ndarray, y: np.ndarray, place: float) -> float | None:
 
 
 def sparkline(values: np.ndarray, width: int) -> str:
-    """One row of blocks, each the mean of its share of the finite values."""
+    """One row of blocks, each the mean of its share of the finite values.
+
+    The highest tenth has the same block, so that the fall at the start leaves some for the rest of a run.
+    """
     values = finite(np.arange(len(values)), values)[1]
     if not len(values) or width < 1:
         return ""
     starts = np.unique(np.arange(width) * len(values) // width)
     means = np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
-    low, high = float(means.min()), float(means.max())
-    levels = (means - low) / (high - low or 1.0) * (len(BLOCKS) - 1)
+    low, high = float(means.min()), float(np.quantile(means, 0.9))
+    levels = np.minimum((means - low) / (high - low or 1.0), 1.0) * (len(BLOCKS) - 1)
     return "".join(BLOCKS[int(level)] for level in np.rint(levels))
 
 

@@ -13,9 +13,10 @@ from tools.monitor.runs import Run
 
 SPANS = (1, 10, 50, 250)  # rows in the moving average
 LINES = ("both", "validation", "training")
-AXES = ("step", "time")
+AXES = ("step", "time", "tokens")
 METRICS = {"loss": "train_loss", "learning rate": "learning_rate", "gradient norm": "grad_norm",
            "tokens per second": "tokens_per_second"}
+NOISY = ("loss", "gradient norm", "tokens per second")  # what is smoothed
 VAL_GLYPH, BEST_GLYPH = "○", "★"
 
 
@@ -31,17 +32,24 @@ class Options:
     metric: str = "loss"
     cursor: float | None = None
 
+    @property
+    def smooths(self) -> bool:
+        return self.span > 1 and self.metric in NOISY
+
     def describe(self) -> str:
         words = [self.metric]
         if self.metric == "loss" and self.lines != "both":
             words.append(f"{self.lines} only")
-        words += [f"by {self.axis}", "log" if self.log else "", f"mean of {self.span}" if self.span > 1 else "raw"]
+        words += [f"by {self.axis}", "log" if self.log else "", f"mean of {self.span}" if self.smooths else "raw"]
         if self.view.span is not None:
             words.append("zoomed" + (", following" if self.view.end is None else ""))
         return "  ".join(word for word in words if word)
 
 
 def x_of(run: Run, axis: str) -> np.ndarray:
+    """Steps, seconds, or tokens seen, which are NaN if run.json does not tell how many a step has."""
+    if axis == "tokens":
+        return run.columns["step"] * (run.summary.tokens_per_step or np.nan)
     return run.columns["step" if axis == "step" else "elapsed_seconds"]
 
 
@@ -89,14 +97,14 @@ def picture(run: Run, pinned: list[Run], options: Options, width: int, height: i
 def _series(run: Run, options: Options, x0: float, x1: float, alone: bool, main: bool) -> list[Series]:
     """The curves of a run. Of a pinned one, only one, with the run's marker on it."""
     x, made = x_of(run, options.axis), []
-    val = finite(x, run.columns["val_loss"])
-    show_val = options.metric == "loss" and options.lines != "training" and len(val[0]) > 0
+    val = finite(x, run.columns["val_loss"]) if options.metric == "loss" and options.lines != "training" else ((), ())
+    show_val = len(val[0]) > 0
     show_train = options.metric != "loss" or options.lines != "validation"
     if show_train and (main or not show_val):
         points = finite(x, run.columns[METRICS[options.metric]])
-        if options.span > 1:
+        if options.smooths:
             if main:
-                made.append(Series(*points, f"{run.colour} dim"))
+                made.append(Series(*points, f"{run.colour} dim", joined=False))
             points = smooth(*points, options.span, x0, x1)
         made.append(Series(*points, run.colour, "" if main else run.marker))
     if show_val:
@@ -121,7 +129,7 @@ def _best(run: Run, options: Options) -> tuple[tuple[float, float, str, str], ..
 
 def _legend(run: Run, others: list[Run], options: Options) -> Row:
     if options.metric != "loss":
-        row: Row = [(f"{run.marker} {run.name}", run.colour)]
+        row: Row = [(f"{options.metric}  ", "bold"), (f"{run.marker} {run.name}", run.colour)]
     elif others:
         row = [("━ training ", run.colour), (f"{run.marker} validation", f"bold {run.colour}")]
     else:
@@ -132,16 +140,14 @@ def _legend(run: Run, others: list[Run], options: Options) -> Row:
 
 
 def _read_out(run: Run, others: list[Run], options: Options) -> Row:
-    """The values nearest to the reading line."""
-    at = options.cursor
-    row: Row = [(text.duration(at) if options.axis == "time" else f"step {at:,.0f}", "bold")]
+    """The values nearest to the reading line, a dash where a run does not reach it."""
+    at, losses = options.cursor, options.metric == "loss"
+    names = {"step": f"step {at:,.0f}", "time": text.duration(at), "tokens": f"{at:,.0f} tokens"}
+    row: Row = [(names[options.axis], "bold")]
     for one in [run, *others]:
-        x = x_of(one, options.axis)
-        values = [value_at(*finite(x, one.columns[METRICS[options.metric]]), at)]
-        form = ".4g"
-        if options.metric == "loss":
-            values.append(value_at(*finite(x, one.columns["val_loss"]), at))
-            form = ".4f"
-        words = "  val ".join(text.number(value, form) for value in values)
-        row.append((f"  {one.marker} {'train ' if options.metric == 'loss' else ''}{words}", one.colour))
+        x, (low, high) = x_of(one, options.axis), extent([one], options.axis)
+        columns = [METRICS[options.metric]] + ["val_loss"] * losses
+        values = [value_at(*finite(x, one.columns[name]), at) if low <= at <= high else None for name in columns]
+        words = "  val ".join(text.number(value, ".4f" if losses else ".4g") for value in values)
+        row.append((f"  {one.marker} {'train ' if losses else ''}{words}", one.colour))
     return row

@@ -18,7 +18,7 @@ MARKERS = "●■▲◆▼◉✚✖"
 NAMES = ("step", "elapsed_seconds", "learning_rate", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
 SORTS = ("newest", "best loss", "name")
 RECENT_ROWS = 50
-POLL_BYTES = 16 << 20
+POLL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Summary:
     lowest_train_loss: float | None = None
     vocabulary_size: int | None = None
     parameters: int | None = None
+    tokens_per_step: int | None = None
     samples: int = 0
     problems: tuple[str, ...] = field(default=())
 
@@ -67,7 +68,7 @@ class Summary:
 class Run:
     """A run that is followed. One thread may `poll`; what another one sees changes only when that one calls `take`.
 
-    columns (see RunReader), samples: (step, text), and summary belong together.
+    columns (see RunReader), samples: (step, text), and summary belong together. fresh: there is more to take.
     """
 
     def __init__(self, path: Path, number: int) -> None:
@@ -76,6 +77,7 @@ class Run:
         self.colour, self.marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         self._reader = RunReader(path, NAMES)
         self._known: tuple | None = None
+        self.fresh = True
         self._latest = (self._reader.columns, [], Summary(self.name, self.key, "waiting"))
         self.take()
 
@@ -89,10 +91,12 @@ class Run:
             with np.errstate(all="ignore"):  # damaged logs hold any numbers
                 summary = summarise(self.name, self.key, self._reader, columns, len(samples))
             self._latest = (columns, samples, summary)
+            self.fresh = True
         return self._reader.behind > 0
 
     def take(self) -> None:
         """See what has been read."""
+        self.fresh = False  # first, so that what comes meanwhile is not missed
         self.columns, self.samples, self.summary = self._latest
 
     @property
@@ -124,7 +128,8 @@ def summarise(name: str, key: str, reader: RunReader, columns: dict[str, np.ndar
         _last_finite(columns["learning_rate"]), _last(columns["grad_norm"]),
         train, _perplexity(train), val, _perplexity(val), best, _perplexity(best),
         None if best_at is None else int(columns["step"][best_at]), _lowest(columns["train_loss"])[0],
-        _integer(model.get("vocab_size")), _integer(info.get("parameters")), samples,
+        _integer(model.get("vocab_size")), _integer(info.get("parameters")),
+        _integer(info.get("tokens_per_step")), samples,
         tuple(map(clean_line, [*reader.problems, *_alerts(columns)])))
 
 
@@ -226,6 +231,10 @@ class Watch:
             pass
         self.take()
         return list(self.runs.values())
+
+    @property
+    def fresh(self) -> bool:
+        return any(run.fresh for run in list(self.runs.values()))
 
     def take(self) -> None:
         """See what has been read."""

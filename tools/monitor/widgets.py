@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.style import Style
 from rich.text import Text
 from textual import events
@@ -22,11 +24,13 @@ from tools.monitor.runs import Run, Summary
 STATE_WORDS = {"early_stopped": "early stop"}
 STATE_STYLES = {"running": "bold green", "failed": "bold red", "crashed": "bold red", "stalled": "bold yellow",
                 "gone": "dim", "waiting": "dim"}
-# key, head, width, sort that a click on the head chooses
-NARROW = (("mark", "", 3, None), ("run", "run", 0, "name"), ("state", "state", 11, "newest"), ("done", "done", 5, None),
-          ("loss", "train", 6, None), ("best", "best", 6, "best loss"), ("rate", "step/s", 6, None))
-WIDE = (*NARROW[:5], ("val", "val", 6, None), *NARROW[5:], ("tokens", "tok/s", 9, None), ("left", "left", 8, None),
-        ("elapsed", "elapsed", 8, None), ("size", "parameters", 13, None))
+# key, head, width; figures are on the right of their columns, and a gap is part of the width
+WORDS = ("mark", "run", "state")
+NARROW = (("mark", "", 4), ("run", "run", 0), ("state", "state", 11), ("done", "done", 6), ("loss", "train", 7),
+          ("best", "best", 7), ("rate", "step/s", 7))
+WIDE = (*NARROW[:3], ("done", "done", 7), ("loss", "train", 9), ("val", "val", 9), ("best", "best", 9),
+        ("rate", "step/s", 9), ("tokens", "tok/s", 11), ("left", "left", 10), ("elapsed", "elapsed", 10),
+        ("size", "parameters", 15))
 
 
 def joined(row: Row) -> Text:
@@ -47,7 +51,7 @@ class RunTable(DataTable):
             self.key, self.column = key, column
 
     def __init__(self) -> None:
-        super().__init__(id="runs", cursor_type="row", zebra_stripes=False)
+        super().__init__(id="runs", cursor_type="row", zebra_stripes=False, cell_padding=0)
         self._shown: tuple = ()
 
     def fill(self, runs: list[Run], selected: Run | None, pinned: set[str], width: int) -> None:
@@ -57,13 +61,14 @@ class RunTable(DataTable):
         if layout != self._shown:
             self._shown = layout
             self.clear(columns=True)
-            taken = sum(column[2] for column in columns) + 2 * len(columns) + 2
-            for key, head, wide, _ in columns:
-                self.add_column(head, width=wide or min(max(8, width - taken), 60), key=key)
+            taken = sum(wide for _, _, wide in columns) + 1  # and a scroll bar
+            for key, head, wide in columns:
+                self.add_column(Text(head, justify="left" if key in WORDS else "right"), key=key,
+                                width=wide or min(max(8, width - taken), 60))
             for run in runs:
                 self.add_row(*[""] * len(columns), key=run.key)
         for run in runs:
-            name_width = self.columns["run"].width
+            name_width = self.columns["run"].width - 1
             for key, cell in self._cells(run, run is selected, run.key in pinned, name_width).items():
                 if key in self.columns and self.get_cell(run.key, key) != cell:
                     self.update_cell(run.key, key, cell)
@@ -99,16 +104,20 @@ class Status(Static):
         s = run.summary
         head = joined([(f"{run.marker} {text.shorten(s.name, max(10, width - 34))}  ", f"bold {run.colour}"),
                        (summary.state(s), STATE_STYLES.get(s.state, "bold"))])
-        lines = [head, joined(self._bar(run, s, width)), joined([(summary.losses(s), "")]),
-                 joined([(summary.pace(s), "")]),
+        figures = [summary.losses(s), summary.pace(s)]
+        if width >= sum(map(len, figures)) + 4:
+            figures = ["    ".join(figures)]
+        lines = [head, joined(self._bar(run, s, width)), *(joined([(line, "")]) for line in figures),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
         lines += [joined([(f"! {problem}", "bold yellow")]) for problem in s.problems[:3]]
         self.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines))
 
     @staticmethod
     def _bar(run: Run, s: Summary, width: int) -> Row:
-        words = f" {summary.progress(s)}  left {text.duration(s.seconds_left)}"
-        if width >= 100:
+        words = f" {summary.progress(s)}"
+        if s.seconds_left is not None:
+            words += f"  left {text.duration(s.seconds_left)}"
+        if s.seconds_left is None or width >= 100:
             words += f"  elapsed {text.duration(s.elapsed_seconds)}"
         wide = max(0, width - len(words))
         full = round((s.fraction or 0.0) * wide)
@@ -116,27 +125,38 @@ class Status(Static):
 
 
 class Plot(Widget):
-    """The curve. Options are changed by the app's actions and by the mouse."""
+    """The curve. Options are changed by the app's actions and by the mouse. With a metric of its own, it shows that."""
 
     ALLOW_SELECT = False
     can_focus = False
 
-    def __init__(self) -> None:
-        super().__init__(id="curve")
+    class Changed(Message):
+        """The options are others; more than one plot may show them."""
+
+    def __init__(self, id: str, metric: str | None = None) -> None:
+        super().__init__(id=id)
         self.options = Options()
+        self.metric = metric
         self.run: Run | None = None
         self.pinned: list[Run] = []
         self._picture = None
+        self._shown: tuple = ()
         self._dragged: int | None = None
 
-    def show(self, run: Run | None, pinned: list[Run]) -> None:
-        self.run, self.pinned = run, pinned
-        self.refresh()
+    def show(self, run: Run | None, pinned: list[Run], options: Options) -> None:
+        self.run, self.pinned, self.options = run, pinned, options
+        shown = ([one and (one.key, one.summary) for one in (run, *pinned)], replace(options))
+        if shown != self._shown:  # a long run is not drawn again for nothing
+            self._shown = shown
+            self.refresh()
 
     def render(self) -> Text:
         if self.run is None:
             return Text("")
-        legend, self._picture = picture(self.run, self.pinned, self.options, self.size.width, self.size.height - 1)
+        options = self.options
+        if self.metric:  # what the large plot shows already makes room for the loss
+            options = replace(options, metric="loss" if options.metric == self.metric else self.metric)
+        legend, self._picture = picture(self.run, self.pinned, options, self.size.width, self.size.height - 1)
         head = joined(legend)
         head.truncate(self.size.width, overflow="ellipsis")
         return Text("\n", no_wrap=True, end="").join([head, *map(joined, self._picture.rows)])
@@ -147,11 +167,11 @@ class Plot(Widget):
 
     def zoom(self, factor: float, at: float | None = None) -> None:
         self.options.view = self.options.view.zoom(factor, *self.extent(), self.options.cursor if at is None else at)
-        self.refresh()
+        self.post_message(self.Changed())
 
     def pan(self, fraction: float) -> None:
         self.options.view = self.options.view.pan(fraction, *self.extent())
-        self.refresh()
+        self.post_message(self.Changed())
 
     def move_cursor(self, cells: int) -> None:
         """Move the reading line; the first time, it comes at the right end."""
@@ -159,8 +179,11 @@ class Plot(Widget):
             return
         p, at = self._picture, self.options.cursor
         at = p.x1 if at is None else at + cells * (p.x1 - p.x0) / p.width
-        self.options.cursor = min(max(at, p.x0), p.x1)
-        self.refresh()
+        self._read(min(max(at, p.x0), p.x1))
+
+    def _read(self, at: float | None) -> None:
+        self.options.cursor = at
+        self.post_message(self.Changed())
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
         if self._picture is None:
@@ -169,12 +192,10 @@ class Plot(Widget):
             self.pan((self._dragged - event.x) / self._picture.width)
             self._dragged = event.x
         elif event.x >= self._picture.left:
-            self.options.cursor = self._picture.x_at(event.x)
-            self.refresh()
+            self._read(self._picture.x_at(event.x))
 
     def on_leave(self) -> None:
-        self.options.cursor = None
-        self.refresh()
+        self._read(None)
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         self._dragged = event.x
