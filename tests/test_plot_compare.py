@@ -1,5 +1,6 @@
 """Plots and comparisons: what they show is what the runs hold, and scores are those of the definition."""
 
+import itertools
 import json
 import math
 import re
@@ -66,8 +67,10 @@ def test_labels_are_short_and_tell_the_runs_apart(tmp_path):
              synthetic(tmp_path / "q", [ROW], train={name: 2 for name in fields}),
              synthetic(tmp_path / "r", [ROW], train={name: 2 for name in fields} | {"field8": "a\x1b[1m" + "x" * 50})]
     found = compare.labels(compare.open_runs(paths))
-    assert found[0] == "field0=1, field1=1, field2=1, field3=1, …"
-    assert found[1:] == [f"{name}: field0=2, field1=2, field2=2, field3=2, …" for name in "qr"]
+    assert found == ["field0=1, field1=1, field2=1, field8=1, …", "field0=2, field1=2, field2=2, field8=2, …",
+                     "field0=2, field1=2, field2=2, field8='a\\x1b[1m" + "x" * 10 + "…, …"]
+    paths.append(synthetic(tmp_path / "s", [ROW], train={name: 2 for name in fields}))
+    assert [label.partition(":")[0] for label in compare.labels(compare.open_runs(paths))[1::2]] == ["q", "s"]
     cell = dict(compare.rows(compare.open_runs(paths)))["field8"][2]
     assert len(cell) <= compare.LABEL_WIDTH and "\x1b" not in cell
 
@@ -127,6 +130,25 @@ def test_many_runs_fit_a_narrow_window(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert sum(line.count("finished") for line in out.splitlines() if line.startswith("state")) == 9
+
+
+def test_two_runs_of_an_example_stand_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"shakespeare_medium_20261125_23573{i}" for i in range(3)]
+    record = ROW | {"sample": "To be"}
+    assert compare.main([synthetic(tmp_path / name, [record], train={"seed": name[-1]}) for name in names]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("best validation loss") for line in out) == 1
+    heads = list(itertools.takewhile(lambda parts: parts[0] != "seed", map(str.split, out)))
+    assert ["".join(parts) for parts in zip(*heads, strict=True)] == names
+    [titles] = [line for line in out if "step 1" in line and "╭" in line]
+    assert all(f"{name[-6:]}, step 1" in titles for name in names)
+
+
+@pytest.mark.parametrize("name", ["a_b", "shakespeare_tiny_20261125_235651", "x" * 40, "_" * 40, "/a/" + "b" * 17])
+def test_folded_names_are_whole_and_narrow(name):
+    lines = compare.folded(name, 16).split("\n")
+    assert "".join(lines) == name and max(map(len, lines)) <= 16
 
 
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, capsys):

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ from feste.cli import guarded
 from feste.corpus import CorpusError, read_text, shakespeare_text
 from feste.data import split_tokens, validation_windows, windows
 from feste.runlog import LOG_NAME, RunReader, perplexity
+from tools.monitor.text import shorten
 from tools.repl.loop import NARROWEST
 from tools.repl.voice import Voice, visible
 
 NAMED_DIFFERENCES = 4    # fields in a label
 LABEL_WIDTH = 20         # characters of a value in a label
 BATCH = 8                # windows scored at a time
+NARROWEST_COLUMN = 14    # characters of a run's column, if names are broken
+GAP = 2                  # characters between columns
 MISSING = "-"
 
 
@@ -100,11 +104,26 @@ def differences(runs: list[Run]) -> dict[str, list]:
 def labels(runs: list[Run]) -> list[str]:
     """A short name for each run: what differs in its configuration, and its directory where that is not enough."""
     fields = differences(runs)
-    named = list(fields)[:NAMED_DIFFERENCES]
+    named = _most_telling(fields)
     more = ", …" if len(fields) > len(named) else ""
     found = [", ".join(f"{name}={_short(fields[name][i])}" for name in named) + more for i in range(len(runs))]
     return [label if label and found.count(label) == 1 else f"{run.name}: {label}" if label else run.name
             for run, label in zip(runs, found, strict=True)]
+
+
+def _most_telling(fields: dict[str, list]) -> list[str]:
+    """At most NAMED_DIFFERENCES of the fields: those that together tell the most runs apart, and then the first."""
+    def kinds(names: list[str]) -> int:
+        return len(set(zip(*(map(repr, fields[name]) for name in names), strict=True)))
+
+    chosen: list[str] = []
+    while len(chosen) < min(NAMED_DIFFERENCES, len(fields)):
+        best = max(fields, key=lambda name: kinds([*chosen, name]))
+        if chosen and kinds([*chosen, best]) == kinds(chosen):
+            break
+        chosen.append(best)
+    chosen += [name for name in fields if name not in chosen]
+    return [name for name in fields if name in chosen[:NAMED_DIFFERENCES]]
 
 
 def _short(value) -> str:
@@ -301,11 +320,15 @@ def score(runs: list[Run], file: str | None) -> list[float]:
 
 def print_report(runs: list[Run], scores: list[float] | None, console: Console) -> None:
     table = rows(runs, scores)
-    widest = max(len(what) for what, _ in table)
-    width = max(len(cell) for _, cells in [("", [run.name for run in runs]), *table] for cell in cells)
-    across = max(1, (console.width - widest - 4) // (min(width, NARROWEST) + 3))
+    room = console.width - max(len(what) for what, _ in table) - GAP
+    names = [run.name for run in runs]
+    width = max(len(cell) for _, cells in table for cell in cells)
+    if len(runs) * (max(map(len, names)) + GAP) > room:  # figures decide how many runs stand side by side, not names
+        width = max(width, NARROWEST_COLUMN)
+        names = [folded(name, width) for name in names]
+    across = max(1, room // (max(width, *(len(line) for name in names for line in name.split("\n"))) + GAP))
     for first in range(0, len(runs), across):
-        console.print(_rich_table(table, runs, first, first + across))
+        console.print(_rich_table(table, names, first, first + across))
     if any(cell.endswith("*") for _, cells in table for cell in cells):
         console.print("* the best of the runs", style="dim")
     for line in cautions(runs) if len(runs) > 1 else []:
@@ -313,11 +336,21 @@ def print_report(runs: list[Run], scores: list[float] | None, console: Console) 
     _print_samples(runs, console)
 
 
-def _rich_table(table: list[tuple[str, list[str]]], runs: list[Run], first: int, last: int) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+def folded(name: str, width: int) -> str:
+    """A name in lines of a width, broken behind underscores and slashes where there are some."""
+    lines = [""]
+    for part in re.findall(rf"[^_/]{{0,{width - 1}}}[_/]|[^_/]{{1,{width}}}", name):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _rich_table(table: list[tuple[str, list[str]]], names: list[str], first: int, last: int) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     shown.add_column("")
-    for run in runs[first:last]:
-        shown.add_column(Text(run.name), overflow="fold")
+    for name in names[first:last]:
+        shown.add_column(Text(name), overflow="fold")
     for what, cells in table:
         shown.add_row(Text(what), *(Text(cell, "bold" if cell.endswith("*") else "") for cell in cells[first:last]))
     return shown
@@ -328,9 +361,13 @@ def _print_samples(runs: list[Run], console: Console) -> None:
     if not any(samples):
         return
     across = max(1, min(len(runs), console.width // NARROWEST))
-    panels = [Panel(Text(visible(sample[1])), title=Text(f"{run.name}, step {sample[0]:,}"))
-              for run, sample in zip(runs, samples, strict=True) if sample]
-    console.print(Columns(panels, width=console.width // across, padding=0))
+    width = console.width // across
+    panels = []
+    for run, sample in zip(runs, samples, strict=True):
+        if sample:
+            step = f", step {sample[0]:,}"
+            panels.append(Panel(Text(visible(sample[1])), title=Text(shorten(run.name, width - len(step) - 6) + step)))
+    console.print(Columns(panels, width=width, padding=0))
 
 
 def as_json(runs: list[Run], scores: list[float] | None) -> str:
