@@ -287,11 +287,32 @@ def test_the_runs_are_named_with_their_best_loss(matplotlib, folder):
                      for n, rate, run in zip((20, 30), (0.003, 0.01), runs, strict=True)]
 
 
-def test_time_on_the_horizontal_axis(matplotlib, folder):
-    [run] = opened(folder, "a")
-    axes = plot.make_figure([run], "time").axes[2]
-    assert axes.get_xlabel() == "minutes"
-    np.testing.assert_allclose(axes.lines[0].get_xdata(), run.columns["elapsed_seconds"] / 60)
+@pytest.mark.parametrize(("longest", "name", "unit"), [(170, "seconds", 1), (180, "minutes", 60),
+                                                       (90_000, "hours", 3600), (math.nan, "seconds", 1)])
+def test_time_on_the_horizontal_axis_has_a_unit_that_suits(matplotlib, tmp_path, longest, name, unit):
+    records = [ROW | {"step": 1, "elapsed_seconds": 2.0}, ROW | {"step": 2, "elapsed_seconds": longest}]
+    runs = compare.open_runs([synthetic(tmp_path / "long", records), synthetic(tmp_path / "short", records[:1])])
+    axes = plot.make_figure(runs, "time").axes[2]
+    assert axes.get_xlabel() == name
+    assert axes.lines[0].get_xdata().tolist() == [x / unit for x in (2.0, longest) if not math.isnan(x)]
+    assert axes.lines[1].get_xdata().tolist() == [2.0 / unit]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.45, 2.4), (1.05, 1.9), (40.0, 900.0), (1e-3, 1e4)])
+def test_a_logarithmic_axis_has_enough_numbers_on_it(matplotlib, tmp_path, low, high):
+    records = [ROW | {"step": 1, "grad_norm": low}, ROW | {"step": 2, "grad_norm": high}]
+    axes = plot.make_figure(compare.open_runs([synthetic(tmp_path / "run", records)])).axes[3]
+    bottom, top = axes.get_ylim()
+    assert 3 <= sum(bottom <= tick <= top for tick in axes.get_yticks()) <= 12
+
+
+def test_many_rows_keep_every_spike():
+    x, y = np.arange(10_001.0), np.random.default_rng(0).standard_normal(10_001)
+    y[[7, 5000, 9000]] = 90.0, -80.0, np.nan
+    fine_x, fine_y = plot.extremes(x, y, 100)
+    assert len(fine_x) == len(fine_y) == 100 and fine_y.max() == 90.0 and fine_y.min() == -80.0
+    assert (np.diff(fine_x) >= 0).all()
+    np.testing.assert_array_equal(plot.extremes(x, y, 20_000)[1], y[np.isfinite(y)])
 
 
 def test_thinning_keeps_the_mean_and_leaves_out_what_is_not_finite():

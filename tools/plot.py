@@ -24,8 +24,30 @@ FORMATS = (".png", ".svg", ".html")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")   # a second round of the colours is dashed
 FINE, COARSE = 1500, 60           # points of a curve as it is, and of its average
-AXES = {"step": ("step", 1.0), "time": ("elapsed_seconds", 60.0)}
-AXIS_TITLES = {"step": "step", "time": "minutes"}
+AXES = {"step": "step", "time": "elapsed_seconds"}
+TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+FEWEST_UNITS = 3                  # hours from three of them on, and so on
+
+
+def horizontal(runs: list[Run], x_axis: str) -> tuple[list[np.ndarray], str]:
+    """The x of each run and what it is; a time in the unit that suits the longest run."""
+    found = [run.columns[AXES[x_axis]] for run in runs]
+    if x_axis != "time":
+        return found, x_axis
+    longest = max((x[np.isfinite(x)].max(initial=0.0) for x in found), default=0.0)
+    name, unit = next((one for one in TIMES if longest >= FEWEST_UNITS * one[1]), TIMES[-1])
+    return [x / unit for x in found], name
+
+
+def extremes(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The finite points, or where there are more than `most` of them, the least and the greatest of neighbours."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(x) <= most:
+        return x, y
+    edges = np.linspace(0, len(x), most // 2 + 1).astype(int)[:-1]
+    pairs = np.stack([np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)], axis=1)
+    return np.repeat(x[edges], 2), pairs.ravel()
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +67,8 @@ def thin(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _curve(axes, x, y, style: dict) -> None:
-    """A noisy curve: pale as it is, and its average on top."""
-    axes.plot(*thin(x, y, FINE), **style | {"linestyle": "-", "linewidth": 0.6, "alpha": 0.35})
+    """A noisy curve: pale as it is, with every spike, and its average on top."""
+    axes.plot(*extremes(x, y, FINE), **style | {"linestyle": "-", "linewidth": 0.6, "alpha": 0.35})
     axes.plot(*thin(x, y, COARSE), **style)
 
 
@@ -87,13 +109,13 @@ LOGARITHMIC = ("perplexity", "gradient norm before clipping")
 
 
 def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str) -> None:
-    column, unit = AXES[x_axis]
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+    places, what = horizontal(runs, x_axis)
+    for i, (run, name, x) in enumerate(zip(runs, names, places, strict=True)):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
                  "linewidth": 1.6, "label": name}
-        PANELS[title](axes, run, run.columns[column] / unit, style)
+        PANELS[title](axes, run, x, style)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(AXIS_TITLES[x_axis])
+    axes.set_xlabel(what)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if title in LOGARITHMIC and any((line.get_ydata() > 0.0).any() for line in axes.lines):
@@ -104,11 +126,14 @@ def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str)
 
 
 def _plain_log_ticks(axes) -> None:
-    """Numbers a person reads, 1, 2, 5, 10, instead of powers of ten that a narrow range may not even hold."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-    axes.yaxis.set_major_locator(LogLocator(10.0, subs=(1.0, 2.0, 5.0)))
+    """Numbers as a person writes them: 1, 2, 5, 10; only 1, 10, 100 in a long range, and any round ones in a short."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    low, high = axes.get_ylim()
+    decimal = LogLocator(10.0, subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,), numticks=12)
+    inside = [value for value in decimal.tick_values(low, high) if low <= value <= high]
+    axes.yaxis.set_major_locator(decimal if len(inside) >= 3 else MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _explain_losses(axes, runs: list[Run]) -> None:
@@ -207,14 +232,18 @@ pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .8em }}
 def make_page(runs: list[Run], x_axis: str = "step") -> str:
     """One HTML page that needs nothing beside itself."""
     names = labels(runs)
-    legend = " ".join(f'<span class="run" style="border-color: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
-                      for i, name in enumerate(names))
+    legend = " ".join(_coloured(i, name) for i, name in enumerate(names))
     notes = "".join(f"<p>Note: {html.escape(line)}.</p>" for line in (cautions(runs) if len(runs) > 1 else []))
     samples = "".join(f"<h3>{html.escape(run.name)}, step {sample[0]:,}</h3><pre>{html.escape(sample[1])}</pre>"
                       for run, sample in zip(runs, same_step_samples(runs), strict=True) if sample)
     return PAGE.format(title=html.escape(", ".join(run.name for run in runs)), legend=legend, notes=notes,
                        panels="".join(_inline_svg(title, runs, x_axis) for title in PANELS),
                        table=_html_table(runs), samples=samples or "<p>None yet.</p>")
+
+
+def _coloured(i: int, name: str) -> str:
+    """A name beside the colour of the i-th run."""
+    return f'<span class="run" style="border-color: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
 
 
 def _inline_svg(title: str, runs: list[Run], x_axis: str) -> str:
@@ -227,7 +256,7 @@ def _inline_svg(title: str, runs: list[Run], x_axis: str) -> str:
 
 
 def _html_table(runs: list[Run]) -> str:
-    header = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    header = "".join(f"<th>{_coloured(i, run.name)}</th>" for i, run in enumerate(runs))
     lines = [f"<tr><th></th>{header}</tr>"]
     for what, cells in rows(runs):
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
