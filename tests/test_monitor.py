@@ -324,10 +324,10 @@ async def test_everything_is_on_the_screen(folder, size):
 
 async def test_a_large_window_shows_the_other_metrics_beside_the_loss(folder):
     async with Shown(folder, size=(200, 60)) as (app, pilot):
-        metrics = ("learning rate  ● live", "gradient norm  ● live", "tokens per second  ● live")
+        metrics = ("learning rate  ● 0.0003", "gradient norm  ● 1.5", "tokens per second  ● 4096")
         await until(pilot, lambda: all(name in screen_text(app) for name in metrics))
         await pilot.press("m")  # the large plot and a small one change places
-        await until(pilot, lambda: screen_text(app).count("learning rate") == 2 and "★ best" in screen_text(app))
+        await until(pilot, lambda: "learning rate  ● live 0.0003" in screen_text(app) and "★ best" in screen_text(app))
         await pilot.hover("#gradient_norm", offset=(40, 3))  # one reading line for all
         step = f"step {app.plot.options.cursor:,.0f}  ● "
         await until(pilot, lambda: screen_text(app).count(step) == 4)
@@ -653,7 +653,7 @@ def test_reading_changes_nothing(folder):
 def test_once(folder, capsys):
     assert main([str(folder), "--once"]) == 0
     printed = capsys.readouterr().out
-    assert "live  running\n  step 100 / 400 (25.0 %)  elapsed 50s  left 2m 30s\n" in printed
+    assert "live  running\n  step 100 / 400 (25.0 %)  left 2m 30s  elapsed 50s\n" in printed
     assert "failed: TrainingDiverged: [red]no[/red]" in printed and "train 1.5071 ppl 4.51" in printed
 
 
@@ -662,6 +662,15 @@ def test_json(folder, capsys):
     live, old = json.loads(capsys.readouterr().out)
     assert live["name"] == "live" and live["best_step"] == 100 and live["seconds_left"] == pytest.approx(150)
     assert old["state"] == "failed" and old["step"] == 60
+
+
+@pytest.mark.parametrize("program", [["tools.monitor", "--json"], ["tools.monitor", "--once"], ["tools.compare"],
+                                     ["tools.compare", "--json"]])
+def test_a_reader_that_has_enough_is_no_error(folder, program):
+    run = make_run(folder / "long", [row | {"sample": "x" * 200_000} for row in rows(1)], info(reason="y" * 200_000))
+    done = subprocess.run(f"{sys.executable} -m {' '.join(program)} {run} | head -c 5", shell=True, cwd=ROOT,
+                          capture_output=True)
+    assert (len(done.stdout), done.stderr) == (5, b"")
 
 
 @pytest.mark.parametrize("arguments", [["nowhere", "--once"], ["{}/file.csv"], ["{}"]])

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -397,7 +398,7 @@ def report(args: argparse.Namespace) -> int:
     runs = open_runs(args.runs)
     scores = None if args.bits_per_byte is None else score(runs, args.bits_per_byte or None)
     if args.json:
-        print(as_json(runs, scores))
+        print(as_json(runs, scores), flush=True)
     else:
         print_report(runs, scores, Console(highlight=False))
     return 0
@@ -407,7 +408,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return guarded(lambda: report(args))
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever reads has enough; Python must not complain of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has enough; Python must not complain of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _print(watch: Watch, json: bool) -> int:
@@ -44,7 +48,7 @@ def _print(watch: Watch, json: bool) -> int:
                          "--demo")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    print(as_json(runs) if json else as_text(runs))
+    print(as_json(runs) if json else as_text(runs), flush=True)
     return 0
 
 

@@ -16,6 +16,7 @@ LINES = ("both", "validation", "training")
 AXES = ("step", "time", "tokens")
 METRICS = {"loss": "train_loss", "learning rate": "learning_rate", "gradient norm": "grad_norm",
            "tokens per second": "tokens_per_second"}
+NAMES_WIDTH = 80
 NOISY = ("loss", "gradient norm", "tokens per second")  # what is smoothed
 VAL_GLYPH, BEST_GLYPH = "○", "★"
 
@@ -90,7 +91,7 @@ def picture(run: Run, pinned: list[Run], options: Options, width: int, height: i
     levels, points = _ln_v(run) if losses else (), _best(run, options) if losses else ()
     axes = Axes(x0, x1, options.log, text.duration if time else text.compact, time_ticks if time else ticks,
                 levels, points, options.cursor)
-    legend = _read_out(run, others, options) if options.cursor is not None else _legend(run, others, options)
+    legend = _read_out(run, others, options) if options.cursor is not None else _legend(run, others, options, width)
     return legend, draw(series, axes, width, height)
 
 
@@ -127,16 +128,23 @@ def _best(run: Run, options: Options) -> tuple[tuple[float, float, str, str], ..
     return ((float(x[place]), s.best_val_loss, BEST_GLYPH, "bold"),) if place < len(x) else ()
 
 
-def _legend(run: Run, others: list[Run], options: Options) -> Row:
+def _legend(run: Run, others: list[Run], options: Options, width: int) -> Row:
     if options.metric != "loss":
-        row: Row = [(f"{options.metric}  ", "bold"), (f"{run.marker} {run.name}", run.colour)]
-    elif others:
-        row = [("━ training ", run.colour), (f"{run.marker} validation", f"bold {run.colour}")]
-    else:
-        row = [("━ training ", run.colour), (f"{VAL_GLYPH} validation", "bold")]
-    if options.metric == "loss" and run.summary.best_val_loss is not None:
+        return _latest(run, others, options.metric, names=width >= NAMES_WIDTH)
+    row: Row = [("━ training ", run.colour)]
+    row.append((f"{run.marker} validation", f"bold {run.colour}") if others else (f"{VAL_GLYPH} validation", "bold"))
+    if run.summary.best_val_loss is not None:
         row.append((f" {BEST_GLYPH} best {run.summary.best_val_loss:.4f} at {run.summary.best_step:,}", "bold"))
     return row + [(f"  {other.marker} {text.shorten(other.name, 24)}", other.colour) for other in others]
+
+
+def _latest(run: Run, others: list[Run], metric: str, names: bool) -> Row:
+    """The newest value of a metric in each run; in a small plot, the run list has the names to the markers."""
+    row: Row = [(metric, "bold")]
+    for one in [run, *others]:
+        name = f" {text.shorten(one.name, 24)}" if names else ""
+        row.append((f"  {one.marker}{name} {text.number(getattr(one.summary, METRICS[metric]), '.4g')}", one.colour))
+    return row
 
 
 def _read_out(run: Run, others: list[Run], options: Options) -> Row:

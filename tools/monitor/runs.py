@@ -139,8 +139,8 @@ def _alerts(columns: dict[str, np.ndarray]) -> list[str]:
     bad = ~np.isfinite(loss)
     if len(loss) and bad.any() and not np.isnan(loss).all():
         at = int(columns["step"][np.flatnonzero(bad)[-1]])
-        count = np.count_nonzero(bad)
-        alerts.append(f"the loss is not finite in {count:,} row{'s' * (count > 1)}, last at step {at:,}")
+        rows = "1 row" if bad.sum() == 1 else f"{bad.sum():,} rows"
+        alerts.append(f"the loss is not finite in {rows}, last at step {at:,}")
     recent = loss[-200:][np.isfinite(loss[-200:])]
     if len(recent) >= RECENT_ROWS:
         usual = float(np.median(recent[:-1]))

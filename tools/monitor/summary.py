@@ -19,6 +19,12 @@ def progress(s: Summary) -> str:
     return f"step {steps}{share}"
 
 
+def times(s: Summary, both: bool = True) -> str:
+    """How long it will take, as long as that is known, and how long it took."""
+    left = [f"left {text.duration(s.seconds_left)}"] if s.seconds_left is not None else []
+    return "  ".join(left + [f"elapsed {text.duration(s.elapsed_seconds)}"] * (both or not left))
+
+
 def state(s: Summary) -> str:
     words = s.state.replace("_", " ")
     return f"{words}: {s.reason}" if s.reason else words
@@ -45,7 +51,7 @@ def as_text(runs: list[Run]) -> str:
     for run in runs:
         s = run.summary
         lines = [f"{run.marker} {s.name}  {state(s)}",
-                 f"{progress(s)}  elapsed {text.duration(s.elapsed_seconds)}  left {text.duration(s.seconds_left)}",
+                 f"{progress(s)}  {times(s)}",
                  losses(s), pace(s), sparkline(run.columns["train_loss"], SPARK_WIDTH)]
         lines += [f"! {problem}" for problem in s.problems]
         blocks.append("\n  ".join(line for line in lines if line))

@@ -114,11 +114,7 @@ class Status(Static):
 
     @staticmethod
     def _bar(run: Run, s: Summary, width: int) -> Row:
-        words = f" {summary.progress(s)}"
-        if s.seconds_left is not None:
-            words += f"  left {text.duration(s.seconds_left)}"
-        if s.seconds_left is None or width >= 100:
-            words += f"  elapsed {text.duration(s.elapsed_seconds)}"
+        words = f" {summary.progress(s)}  {summary.times(s, both=width >= 100)}"
         wide = max(0, width - len(words))
         full = round((s.fraction or 0.0) * wide)
         return [("█" * full, run.colour), ("░" * (wide - full), "dim"), (words, "")]
