@@ -324,7 +324,7 @@ async def test_everything_is_on_the_screen(folder, size):
 
 async def test_a_large_window_shows_the_other_metrics_beside_the_loss(folder):
     async with Shown(folder, size=(200, 60)) as (app, pilot):
-        metrics = ("learning rate  ● 0.0003", "gradient norm  ● 1.5", "tokens per second  ● 4096")
+        metrics = ("learning rate  ● 0.0003", "gradient norm  ● 1.5", "tokens per second  ● 4,096")
         await until(pilot, lambda: all(name in screen_text(app) for name in metrics))
         await pilot.press("m")  # the large plot and a small one change places
         await until(pilot, lambda: "learning rate  ● live 0.0003" in screen_text(app) and "★ best" in screen_text(app))

@@ -37,6 +37,7 @@ def after(value, values):
 class Monitor(App):
     """Follows the runs of a Watch in a thread of its own; the screen shows what that thread has read."""
 
+    TITLE = "feste monitor"
     BINDINGS = keys.BINDINGS
     ENABLE_COMMAND_PALETTE = False
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012

@@ -143,7 +143,7 @@ def _latest(run: Run, others: list[Run], metric: str, names: bool) -> Row:
     row: Row = [(metric, "bold")]
     for one in [run, *others]:
         name = f" {text.shorten(one.name, 24)}" if names else ""
-        row.append((f"  {one.marker}{name} {text.number(getattr(one.summary, METRICS[metric]), '.4g')}", one.colour))
+        row.append((f"  {one.marker}{name} {text.figure(getattr(one.summary, METRICS[metric]))}", one.colour))
     return row
 
 
@@ -156,6 +156,6 @@ def _read_out(run: Run, others: list[Run], options: Options) -> Row:
         x, (low, high) = x_of(one, options.axis), extent([one], options.axis)
         columns = [METRICS[options.metric]] + ["val_loss"] * losses
         values = [value_at(*finite(x, one.columns[name]), at) if low <= at <= high else None for name in columns]
-        words = "  val ".join(text.number(value, ".4f" if losses else ".4g") for value in values)
+        words = "  val ".join(text.number(value) if losses else text.figure(value) for value in values)
         row.append((f"  {one.marker} {'train ' if losses else ''}{words}", one.colour))
     return row

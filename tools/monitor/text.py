@@ -44,6 +44,11 @@ def number(value: float | None, form: str = ".4f") -> str:
     return format(value, form) if math.isfinite(value) else str(value)
 
 
+def figure(value: float | None) -> str:
+    """Four significant digits; from a thousand on, whole numbers."""
+    return number(value, ",.0f" if value is not None and abs(value) >= 1000 else ".4g")
+
+
 def perplexity(value: float | None) -> str:
     if value is None or math.isnan(value):
         return UNKNOWN
