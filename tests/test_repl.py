@@ -10,7 +10,7 @@ import pexpect
 import pytest
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config, generation
-from tools.repl.loop import COMMANDS, Repl, read_prompt, token_text
+from tools.repl.loop import COMMANDS, Repl, read_prompt, telling_names, token_text
 from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
 ROOT = Path(__file__).parent.parent
@@ -343,6 +343,13 @@ def test_a_model_cannot_steer_the_terminal(monkeypatch, voice):
     ("plain, naïve\n\t漢", "plain, naïve\n\t漢"), ("\0\x1b\x7f\x9b", "␀␛\ufffd\ufffd")])
 def test_visible(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(("names", "telling"), [
+    (["a/best"], ["a/best"]), (["a/best", "b/best"], ["a", "b"]), (["a/one", "a/two"], ["one", "two"]),
+    (["a/one", "b/two"], ["a/one", "b/two"]), (["a/one", "a/one"], ["a/one", "a/one"])])
+def test_names_in_a_comparison_say_what_differs(names, telling):
+    assert telling_names(names) == telling
 
 
 @pytest.mark.parametrize(("lines", "prompt"), [

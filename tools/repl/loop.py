@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tools.monitor.text import shorten
 from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
@@ -29,6 +30,7 @@ class Repl:
 
     def __init__(self, voices: list[Voice], settings: Settings, interactive: bool, end: str = "\n") -> None:
         self.voices, self.settings, self.interactive, self.end = voices, settings, interactive, end
+        self.names = telling_names([voice.name for voice in voices])
         self.console = Console(stderr=not interactive, highlight=False)
         self.prompt: str | None = None
         self.transcript: list[str] = []
@@ -82,15 +84,15 @@ class Repl:
             self.console.print()
         self._record(prompt, answers, seed)
         if self.interactive:
-            self.say(f"[{stopped}{'; '.join(map(self._speed, answers))}; seed {seed}]")
+            self.say(f"[{stopped}{'; '.join(map(self._speed, self.names, answers))}; seed {seed}]")
 
     def _say_if_cut(self, answer: Answer) -> None:
         context = answer.voice.model.config.block_size
         if len(answer.ids) > context:
             self.say(f"the prompt has {len(answer.ids)} tokens; {answer.voice.name} sees the last {context}")
 
-    def _speed(self, answer: Answer) -> str:
-        name = f"{answer.voice.name}: " if len(self.voices) > 1 else ""
+    def _speed(self, name: str, answer: Answer) -> str:
+        name = f"{name}: " if len(self.voices) > 1 else ""
         return f"{name}{answer.tokens:,} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:,.0f} tokens/s"
 
     def _plain(self, prompt: str, answers: list[Answer]) -> None:
@@ -121,17 +123,25 @@ class Repl:
                 pass
 
     def _columns(self, answers: list[Answer]) -> Columns:
-        titled = [(f"{answer.voice.name} " * (len(answers) > 1) + f"{i}" * (len(answer.texts) > 1), text)
-                  for answer in answers for i, text in enumerate(answer.texts, 1)]
-        across = max(1, min(len(titled), self.console.width // NARROWEST))
-        panels = [Panel(Text(visible(text)), title=Text(title.strip())) for title, text in titled]
-        return Columns(panels, width=self.console.width // across, padding=0)
+        titled = [(name * (len(answers) > 1), f" {i}" * (len(answer.texts) > 1), text)
+                  for name, answer in zip(self.names, answers, strict=True) for i, text in enumerate(answer.texts, 1)]
+        width = self.console.width // max(1, min(len(titled), self.console.width // NARROWEST))
+        panels = [Panel(Text(visible(text)), title=Text((shorten(name, width - len(number) - 6) + number).strip()))
+                  for name, number, text in titled]
+        return Columns(panels, width=width, padding=0)
 
     def _record(self, prompt: str, answers: list[Answer], seed: int) -> None:
         for answer in answers:
             for i, text in enumerate(answer.texts, 1):
                 self.transcript.append(f"=== {answer.voice.name}, step {answer.voice.step}, sample {i}; "
                                        f"{replace(self.settings, seed=seed)}\n{prompt}{text}\n")
+
+
+def telling_names(names: list[str]) -> list[str]:
+    """Names of the form RUN/FILE without the part that all of them share."""
+    parts = list(zip(*(name.split("/") for name in names), strict=True))
+    telling = [part for part in parts if len(set(part)) > 1] or parts
+    return ["/".join(name) for name in zip(*telling, strict=True)]
 
 
 def read_prompt(read_line: Callable[[str], str]) -> str:
