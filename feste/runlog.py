@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("step", "timestamp", "elapsed_seconds", "learning_rate", "train_loss", "val_loss", "train_perplexity",
-           "val_perplexity", "grad_norm", "tokens_per_second", "sample")
+from feste.rows import COLUMNS, ascending, cells_of, number_of, parse_plain, record_end, without_samples
+
 LOG_NAME, INFO_NAME, LOCK_NAME = "training_log.csv", "run.json", ".lock"
 FLUSH_SECONDS = 0.2
 END_STATES = ("finished", "early_stopped", "interrupted", "failed")
@@ -250,8 +250,8 @@ def read_info(run_dir: str | os.PathLike) -> dict:
 def read_rows(run_dir: str | os.PathLike) -> list[dict]:
     """Every whole row of the log: numbers as int and float, empty cells left out."""
     data, rows, header, begin = Path(run_dir, LOG_NAME).read_bytes(), [], None, 0
-    while end := _record_end(data, begin):
-        row, begin = _cells(data[begin:end]), end
+    while end := record_end(data, begin):
+        row, begin = cells_of(data[begin:end]), end
         if header is None:
             header = row
         elif row and len(row) == len(header):
@@ -262,7 +262,6 @@ def read_rows(run_dir: str | os.PathLike) -> list[dict]:
 
 
 CHUNK_BYTES = 1 << 18
-NUMBER_BYTES = b"0123456789+-.e,nainf"
 MAX_RECORD_BYTES = 1 << 20  # a quote still open after this much is damage and not a long sample
 
 
@@ -350,15 +349,15 @@ class RunReader:
     def _take(self, data: bytes) -> None:
         """Parse the whole records; what follows the last line end that no open quote runs across waits for later."""
         if self._header is None:
-            end = _record_end(data, 0)
+            end = record_end(data, 0)
             if end is None:
                 self._keep_rest(data)
                 return
             self._take_header(data[:end])
             data = data[end:]
-        plain, samples, end = _without_samples(data)
-        values = _parse_plain(plain, self.names) if plain is not None and self._header == list(COLUMNS) else None
-        if values is not None and _ascending(values[0], self._data[0][self._n - 1] if self._n else -math.inf):
+        plain, samples, end = without_samples(data)
+        values = parse_plain(plain, self.names) if plain is not None and self._header == list(COLUMNS) else None
+        if values is not None and ascending(values[0], self._data[0][self._n - 1] if self._n else -math.inf):
             self._append(values)
             self._samples += samples
         else:
@@ -372,15 +371,15 @@ class RunReader:
         self._rest = rest
 
     def _take_header(self, line: bytes) -> None:
-        self._header = [name.lstrip("\ufeff") for name in _cells(line) or [""]]
+        self._header = [name.lstrip("\ufeff") for name in cells_of(line) or [""]]
         missing = [name for name in COLUMNS if name not in self._header]
         if missing:
             self._problem(f"the log has no column {', '.join(missing)}")
 
     def _take_slowly(self, data: bytes) -> None:
         begin = 0
-        while end := _record_end(data, begin):
-            self._take_row(_cells(data[begin:end]))
+        while end := record_end(data, begin):
+            self._take_row(cells_of(data[begin:end]))
             begin = end
 
     def _take_row(self, row: list[str] | None) -> None:
@@ -390,11 +389,11 @@ class RunReader:
             self._problem("the log has rows that are not feste's")
             return
         cells = dict(zip(self._header, row, strict=False))
-        step = _number(cells.get("step", ""))
+        step = number_of(cells.get("step", ""))
         if step is None or not step.is_integer():
             self._problem("the log has rows that are not feste's")
             return
-        values = [_number(cells.get(name) or "nan") for name in self.names]
+        values = [number_of(cells.get(name) or "nan") for name in self.names]
         if None in values:
             self._problem("the log has cells that are not numbers")
         if self._n and step <= self._data[0][self._n - 1]:  # a resumed run goes back
@@ -444,150 +443,3 @@ class RunReader:
         elapsed = self.columns["elapsed_seconds"][-50:]
         with np.errstate(all="ignore"):  # a damaged log holds any numbers
             return float(np.median(np.diff(elapsed))) if len(elapsed) > 1 else 0.0
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", errors="replace").replace("\0", "")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _cells(record: bytes) -> list[str] | None:
-    """The cells of a record, None if its quotes are wrong. Without a quote, a carriage return is only a character."""
-    text = _text(record)
-    if '"' not in text:
-        return text.rstrip("\r\n").split(",")
-    try:
-        return next(csv.reader([text]))
-    except csv.Error:
-        return None
-
-
-def _ascending(steps: np.ndarray, last: float) -> bool:
-    """Whether the steps are whole numbers that go on behind the last one."""
-    return bool(np.all(np.diff(steps, prepend=last) > 0)) and bool(np.all(steps == np.floor(steps)))
-
-
-def _record_end(data: bytes, begin: int) -> int | None:
-    """Where the record that begins there ends: behind the first line end that is outside quotes."""
-    end, quotes = begin, 0
-    while stop := data.find(b"\n", end) + 1:
-        quotes += data.count(b'"', end, stop)
-        if quotes % 2 == 0:
-            return stop
-        end = stop
-    return None
-
-
-def _without_samples(data: bytes) -> tuple[bytes | None, list[tuple[int, str]], int]:
-    """The whole records with their samples taken out (None if a record is not feste's), the samples, and the end."""
-    pieces, samples, position = [], [], 0
-    text = np.frombuffer(data, np.uint8)
-    special = np.flatnonzero((text[1:] == ord("\n")) & (text[:-1] != ord(",")) | (text[1:] == ord('"'))) + 1
-    for place in special.tolist():
-        if place < position:
-            continue
-        begin = max(position, data.rfind(b"\n", position, place) + 1)
-        end = _record_end(data, begin)
-        if end is None:
-            return b"".join([*pieces, data[position:begin]]), samples, begin
-        numbers, sample = _split_sample(data[begin:end])
-        if numbers is None:
-            return None, [], _last_end(data, end)
-        pieces += [data[position:begin], numbers]
-        samples += [sample] if sample[1] else []
-        position = end
-    end = max(position, data.rfind(b"\n") + 1)
-    return b"".join([*pieces, data[position:end]]), samples, end
-
-
-def _split_sample(record: bytes) -> tuple[bytes | None, tuple[int, str]]:
-    """A record as a row of numbers with an empty sample, and its sample; None if it does not look like that."""
-    cells = record.split(b",", len(COLUMNS) - 1)
-    if len(cells) < len(COLUMNS) or b'"' in b"".join(cells[:-1]) or not cells[0].isdigit():
-        return None, (0, "")
-    sample = _cells(cells[-1])
-    if sample is None or len(sample) != 1:
-        return None, (0, "")
-    return b",".join(cells[:-1]) + b",\n", (int(cells[0]), sample[0])
-
-
-def _last_end(data: bytes, position: int) -> int:
-    """The end of the last whole record."""
-    while end := _record_end(data, position):
-        position = end
-    return position
-
-
-def _parse_plain(data: bytes, names: tuple[str, ...]) -> np.ndarray | None:
-    """The numeric columns of rows without quotes and samples; None if the rows are not of that form."""
-    text = np.frombuffer(data, np.uint8)
-    commas, ends = np.flatnonzero(text == ord(",")), np.flatnonzero(text == ord("\n"))
-    wide = len(COLUMNS) - 1
-    if len(commas) != wide * len(ends) or not np.array_equal(commas[wide - 1::wide] + 1, ends):
-        return None
-    stops = commas.reshape(-1, wide)
-    begins = np.empty_like(stops)
-    begins[:, 1:] = stops[:, :-1] + 1
-    begins[1:, 0] = ends[:-1] + 1
-    begins[:1, 0] = 0
-    columns = [COLUMNS.index(name) for name in names]
-    begins, stops = begins[:, columns], stops[:, columns]
-    present = stops > begins
-    kept = np.zeros(len(text) + 1, np.int8)  # +1 where a cell begins, -1 behind the comma that ends it
-    kept[begins[present]] += 1
-    kept[stops[present] + 1] -= 1
-    cells = text[np.cumsum(kept[:-1], dtype=np.int8).view(bool)].tobytes()
-    values = np.full(present.shape, math.nan)
-    numbers = _numbers(cells)
-    if numbers is None:
-        return None
-    values[present] = numbers
-    return values.T
-
-
-def _numbers(cells: bytes) -> np.ndarray | None:
-    """The numbers of a list in which a comma follows each, all at once; None if one is not a number.
-
-    Digits are read eight at a time as one 64-bit integer. A whole number below 10**15 divided by a power of ten is
-    rounded correctly, so the result equals float(). What has not the form 123.456 goes through np.fromstring.
-    """
-    if cells.translate(None, NUMBER_BYTES):
-        return None
-    text = np.frombuffer(cells, np.uint8)
-    commas, dots = np.flatnonzero(text == ord(",")), np.flatnonzero(text == ord("."))
-    owner = np.searchsorted(commas, dots)
-    decimals = np.zeros(len(commas), int)
-    decimals[owner] = commas[owner] - dots - 1
-    digits = np.frombuffer(bytes(16) + cells.translate(None, b"."), np.uint8)
-    stops = np.flatnonzero(digits == ord(","))
-    counts = np.diff(stops, prepend=15) - 1
-    words = np.ndarray(len(digits) - 7, "<u8", digits, strides=(1,))
-    values = (_eight_digits(words[stops - 16], counts - 8) * 10**8 + _eight_digits(words[stops - 8], counts)
-              ) / 10.0 ** np.minimum(decimals, 15)
-    odd = (counts < 1) | (counts > 15) | (np.bincount(owner, minlength=len(commas)) > 1)
-    odd[np.searchsorted(commas, np.flatnonzero((text != ord(",")) & (text != ord(".")) & (text - 48 > 9)))] = True
-    if odd.any():
-        try:
-            others = np.fromstring(text[np.repeat(odd, np.diff(commas, prepend=-1))].tobytes(), sep=",")
-        except ValueError:
-            return None
-        if len(others) != np.count_nonzero(odd):
-            return None
-        values[odd] = others
-    return values
-
-
-def _eight_digits(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The decimal numbers in the last counts (at most eight) bytes of each word, its lowest byte the first digit."""
-    unused = (8 * np.clip(8 - counts, 0, 8)).astype(np.uint64)
-    half = unused // 2  # twice half of it, for a shift by 64 is undefined
-    words = words >> half >> half << half << half
-    words = (words & 0x0F0F0F0F0F0F0F0F) * 2561 >> 8
-    words = (words & 0x00FF00FF00FF00FF) * 6553601 >> 16
-    return (words & 0x0000FFFF0000FFFF) * 42949672960001 >> 32

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feste import runlog
+from feste import rows, runlog
 from feste.runlog import COLUMNS, RunLog, RunReader, read_info
 
 SAMPLES = ["plain words", 'a "quote", a comma', "line\nbreak\n\n", '"', "ümlaut → 火", "", "ends in comma,"]
@@ -92,7 +92,7 @@ def test_the_fast_parse_equals_the_slow_one(tmp_path_factory, rows, chunk):
     while fast.poll(chunk):
         pass
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog, "_parse_plain", lambda data, names: None)
+        patch.setattr(runlog, "parse_plain", lambda data, names: None)
         slow.poll()
     for name in RunReader.NUMERIC:
         np.testing.assert_array_equal(fast.columns[name], slow.columns[name])
@@ -106,8 +106,8 @@ def test_the_fast_parse_equals_the_slow_one(tmp_path_factory, rows, chunk):
                           st.from_regex(r"[0-9+.e,nainf-]{1,6}", fullmatch=True))))
 def test_numbers_equal_float(texts):
     texts = [text for text in texts if "," not in text]
-    expected = [runlog._number(text) for text in texts]
-    numbers = runlog._numbers("".join(text + "," for text in texts).encode())
+    expected = [rows.number_of(text) for text in texts]
+    numbers = rows._numbers("".join(text + "," for text in texts).encode())
     if None in expected:
         assert numbers is None
     else:
