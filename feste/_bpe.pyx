@@ -6,7 +6,8 @@ Design:
 - Text is UTF-8 bytes from the door on. `word_end` is GPT-2's pattern written out by hand over a table of four
   classes (other, letter, number, space): the pattern needs no more, and a table beats a regex engine.
 - Merges never cross a word, so training works on distinct words with their counts. Symbols lie in one array,
-  linked to their neighbours; each pair knows its occurrences, so a merge touches only the places it changes.
+  linked to their neighbours and to the pair they make; each pair knows its occurrences, so a merge touches only the
+  places it changes, and looks up only the pairs it makes.
   All occurrences of a pair arise at one moment, when the younger of its two tokens is made, so each list is
   written once, in order. Existing counts only fall, so a heap with stale entries, corrected when they surface,
   yields the exact maximum.
@@ -18,8 +19,9 @@ Design:
 """
 
 cimport numpy as cnp
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from threading import Lock
@@ -126,15 +128,27 @@ def split_words(bytes text):
     return words
 
 
+cdef inline bint may_end_in_space(const uint8_t* text, Py_ssize_t n) noexcept nogil:
+    """Whether the last character of n > 0 bytes can be a space. Spaces beyond ASCII are U+0085 and U+00A0, which begin
+    with the byte 0xC2, and some of three bytes. May be wrong in saying yes, and takes any bytes, UTF-8 or not."""
+    cdef uint32_t c = text[n - 1]
+    if c < 0x80:
+        return char_class[c] == SPACE
+    if n < 3 or text[n - 2] == 0xC2:
+        return True
+    c = <uint32_t>(text[n - 3] & 0x0F) << 12 | <uint32_t>(text[n - 2] & 0x3F) << 6 | (c & 0x3F)
+    return char_class[c] == SPACE
+
+
 def safe_split(const uint8_t[::1] text, Py_ssize_t start):
     """The first position from `start` on where a word surely begins, whatever stands before and behind.
 
-    That is an ASCII space behind an ASCII character that is none: no word has a space but at its start or
+    That is an ASCII space or line end behind a character that is no space: no word has a space but at its start or
     throughout. Returns the length of the text if there is no such place.
     """
     cdef Py_ssize_t i, n = text.shape[0]
     for i in range(max(start, 1), n):
-        if (text[i] == b' ' or text[i] == b'\n') and text[i - 1] < 0x80 and char_class[text[i - 1]] != SPACE:
+        if (text[i] == b' ' or text[i] == b'\n') and not may_end_in_space(&text[0], i):
             return i
     return n
 
@@ -142,19 +156,27 @@ def safe_split(const uint8_t[::1] text, Py_ssize_t start):
 # ---- hash tables -------------------------------------------------------------------------------------------
 
 cdef inline uint64_t mix(uint64_t h) noexcept nogil:
-    h = (h ^ (h >> 32)) * <uint64_t>0x9FB21C651E98DF25
-    return h ^ (h >> 29)
+    h = (h ^ (h >> 29)) * <uint64_t>0x9FB21C651E98DF25
+    return h ^ (h >> 32)
 
 
 cdef inline uint64_t hash_bytes(const uint8_t* p, Py_ssize_t n) noexcept nogil:
+    """Each step can be undone, so different words of one length up to eight bytes have different hashes."""
     cdef uint64_t h = <uint64_t>n * <uint64_t>0x9E3779B97F4A7C15, x
-    while n >= 8:
-        memcpy(&x, p, 8)
-        h = mix(h ^ x)
-        p += 8
-        n -= 8
-    x = 0
-    memcpy(&x, p, n)
+    cdef uint32_t head, tail
+    if n < 4:
+        x = <uint64_t>p[0] << 16 | <uint64_t>p[n >> 1] << 8 | p[n - 1]
+    elif n < 8:
+        memcpy(&head, p, 4)
+        memcpy(&tail, p + n - 4, 4)
+        x = <uint64_t>head << 32 | tail
+    else:
+        while n > 8:
+            memcpy(&x, p, 8)
+            h = mix(h ^ x)
+            p += 8
+            n -= 8
+        memcpy(&x, p + n - 8, 8)  # the last eight, some of them once more
     return mix(h ^ x)
 
 
@@ -166,363 +188,361 @@ cdef void* grow(void* old, size_t size) except NULL nogil:
     return new
 
 
+cdef inline int fit(void** array, Py_ssize_t* room, Py_ssize_t n, size_t item) except -1 nogil:
+    """Make sure that an array has room for n items; it grows to twice that."""
+    if n > room[0]:
+        array[0] = grow(array[0], 2 * n * item)
+        room[0] = 2 * n
+    return 0
+
+
 cdef struct Word:
     uint64_t hash
     int64_t start     # in the arena of bytes
-    int64_t count     # training: occurrences; encoding: where its ids start
-    int32_t length
+    int64_t count     # training: occurrences; encoding: its id, or where its ids start
+    int32_t length    # 0 if the slot is free
     int32_t ids       # encoding: how many ids
 
 
 cdef class WordTable:
-    """Distinct words: an open-addressing table of indices into an array of words, their bytes in an arena."""
-    cdef Word* words
+    """Distinct words: open addressing, at most half full. The entries lie in the slots themselves, because a look-up
+    waits for the memory more than for anything else; the bytes of the words in an arena, in the order they came."""
+    cdef Word* slots
     cdef uint8_t* arena
-    cdef int32_t* slots            # index + 1, 0 is empty
-    cdef Py_ssize_t n_words, max_words, used, max_used, mask
+    cdef Py_ssize_t mask, n, used, room
 
     def __cinit__(self):
-        self.max_words, self.max_used, self.mask = 1 << 12, 1 << 16, (1 << 13) - 1
-        self.words = <Word*>malloc(self.max_words * sizeof(Word))
-        self.arena = <uint8_t*>malloc(self.max_used)
-        self.slots = <int32_t*>calloc(self.mask + 1, sizeof(int32_t))
-        if self.words == NULL or self.arena == NULL or self.slots == NULL:
-            raise MemoryError("no memory for a table of words")
+        self.resize(1 << 13)
 
     def __dealloc__(self):
-        free(self.words)
-        free(self.arena)
         free(self.slots)
+        free(self.arena)
 
-    def __len__(self):
-        return self.n_words
+    cdef int resize(self, Py_ssize_t size) except -1 nogil:
+        cdef Word* old = self.slots
+        cdef Py_ssize_t i, old_size = self.mask + 1 if old != NULL else 0
+        self.slots = <Word*>grow(NULL, size * sizeof(Word))
+        self.mask = size - 1
+        memset(self.slots, 0, size * sizeof(Word))
+        for i in range(old_size):
+            if old[i].length:
+                self.free_slot(old[i].hash)[0] = old[i]
+        free(old)
+        return 0
 
-    def items(self):
-        """(word, count) pairs."""
-        return [(<bytes>self.arena[w.start:w.start + w.length], w.count) for w in self.words[:self.n_words]]
+    cdef inline Word* free_slot(self, uint64_t h) noexcept nogil:
+        cdef Py_ssize_t slot = <Py_ssize_t>h & self.mask
+        while self.slots[slot].length:
+            slot = (slot + 1) & self.mask
+        return &self.slots[slot]
 
-    cdef int find(self, const uint8_t* p, Py_ssize_t n, bint* added) except -1 nogil:
-        """The index of a word, which is added with count 0 if it is new."""
+    cdef Word* find(self, const uint8_t* p, Py_ssize_t n) except NULL nogil:
+        """The entry of a word, made with zeros if it is new. Entries move when the table grows."""
         cdef uint64_t h = hash_bytes(p, n)
         cdef Py_ssize_t slot = <Py_ssize_t>h & self.mask
-        cdef Word* w
-        while self.slots[slot]:
-            w = &self.words[self.slots[slot] - 1]
-            if w.hash == h and w.length == n and memcmp(self.arena + w.start, p, n) == 0:
-                added[0] = False
-                return self.slots[slot] - 1
+        cdef Word* w = &self.slots[slot]
+        while w.length:
+            if w.hash == h and w.length == n and (n <= 8 or memcmp(self.arena + w.start, p, n) == 0):
+                return w
             slot = (slot + 1) & self.mask
-        added[0] = True
-        self.append(p, n, h)
-        self.slots[slot] = <int32_t>self.n_words
-        if 2 * self.n_words > self.mask:
-            self.rehash()
-        return <int>(self.n_words - 1)
+            w = &self.slots[slot]
+        return self.add(p, n, h)
 
-    cdef int append(self, const uint8_t* p, Py_ssize_t n, uint64_t h) except -1 nogil:
-        if self.n_words == self.max_words:
-            self.words = <Word*>grow(self.words, 2 * self.max_words * sizeof(Word))
-            self.max_words *= 2
-        if self.used + n > self.max_used:
-            self.arena = <uint8_t*>grow(self.arena, 2 * (self.used + n))
-            self.max_used = 2 * (self.used + n)
+    cdef Word* add(self, const uint8_t* p, Py_ssize_t n, uint64_t h) except NULL nogil:
+        cdef Word* w
+        if 2 * self.n > self.mask:
+            self.resize(2 * (self.mask + 1))
+        fit(<void**>&self.arena, &self.room, self.used + n, 1)
         memcpy(self.arena + self.used, p, n)
-        self.words[self.n_words] = Word(h, self.used, 0, <int32_t>n, 0)
+        w = self.free_slot(h)
+        w[0] = Word(h, self.used, 0, <int32_t>n, 0)
         self.used += n
-        self.n_words += 1
-        return 0
-
-    cdef int rehash(self) except -1 nogil:
-        cdef Py_ssize_t i, slot, size = 4 * (self.mask + 1)
-        self.slots = <int32_t*>grow(self.slots, size * sizeof(int32_t))
-        memset(self.slots, 0, size * sizeof(int32_t))
-        self.mask = size - 1
-        for i in range(self.n_words):
-            slot = <Py_ssize_t>self.words[i].hash & self.mask
-            while self.slots[slot]:
-                slot = (slot + 1) & self.mask
-            self.slots[slot] = <int32_t>(i + 1)
-        return 0
+        self.n += 1
+        return w
 
     cdef void clear(self) noexcept nogil:
-        memset(self.slots, 0, (self.mask + 1) * sizeof(int32_t))
-        self.n_words = self.used = 0
+        memset(self.slots, 0, (self.mask + 1) * sizeof(Word))
+        self.n = self.used = 0
 
     def count(self, const uint8_t[::1] text):
         """Add the words of a text (valid UTF-8) to the counts. Runs without the GIL."""
         cdef Py_ssize_t i = 0, end, n = text.shape[0]
         cdef const uint8_t* p = &text[0] if n else NULL
-        cdef bint added
-        cdef int index
         with nogil:
             while i < n:
                 end = word_end(p, i, n)
                 if end - i > 0x7FFFFFFF:
                     with gil:
                         raise ValueError(f"a word of {end - i} bytes is too long; the limit is 2 GB")
-                index = self.find(p + i, end - i, &added)
-                self.words[index].count += 1
+                self.find(p + i, end - i).count += 1
                 i = end
 
     def merge(self, WordTable other):
         """Add the counts of another table."""
         cdef Py_ssize_t i
-        cdef bint added
-        cdef int index
-        for i in range(other.n_words):
-            index = self.find(other.arena + other.words[i].start, other.words[i].length, &added)
-            self.words[index].count += other.words[i].count
+        cdef Word* w
+        while 2 * (self.n + other.n) > self.mask:  # now: words come in the order of their slots, and would pile up
+            self.resize(2 * (self.mask + 1))
+        for i in range(other.mask + 1):
+            w = &other.slots[i]
+            if w.length:
+                self.find(other.arena + w.start, w.length).count += w.count
 
 
-cdef struct Pair:
+cdef struct Entry:
     uint64_t key      # left id << 32 | right id; EMPTY if the slot is free
-    int64_t count     # training: occurrences; encoding: rank << 32 | id of the merged token
-    int64_t first     # training: its list of occurrences
-    int64_t last
+    int64_t value     # -1 if it is new
 
 cdef uint64_t EMPTY = <uint64_t>-1
 
 
 cdef class PairTable:
-    """Pairs of ids: open addressing, the entries in the slots themselves."""
-    cdef Pair* slots
+    """Pair of ids -> integer: open addressing, at most half full."""
+    cdef Entry* slots
     cdef Py_ssize_t mask, n
 
-    def __cinit__(self, Py_ssize_t expected):
-        cdef Py_ssize_t size = 1024
-        while size < 2 * expected:
-            size *= 2
-        self.slots = self.empty(size)
-        self.mask, self.n = size - 1, 0
+    def __cinit__(self):
+        self.resize(1024)
 
     def __dealloc__(self):
         free(self.slots)
 
-    cdef Pair* empty(self, Py_ssize_t size) except NULL nogil:
-        cdef Pair* slots = <Pair*>grow(NULL, size * sizeof(Pair))
-        cdef Py_ssize_t i
+    cdef int resize(self, Py_ssize_t size) except -1 nogil:
+        cdef Entry* old = self.slots
+        cdef Py_ssize_t i, old_size = self.mask + 1 if old != NULL else 0
+        self.slots = <Entry*>grow(NULL, size * sizeof(Entry))
+        self.mask = size - 1
         for i in range(size):
-            slots[i] = Pair(EMPTY, 0, -1, -1)
-        return slots
+            self.slots[i] = Entry(EMPTY, -1)
+        for i in range(old_size):
+            if old[i].key != EMPTY:
+                self.find(old[i].key)[0] = old[i]
+        free(old)
+        return 0
 
-    cdef Pair* find(self, uint64_t key) noexcept nogil:
+    cdef inline Entry* find(self, uint64_t key) noexcept nogil:
         """The entry of a pair, or the free slot where it would go."""
         cdef Py_ssize_t slot = <Py_ssize_t>mix(key) & self.mask
         while self.slots[slot].key != key and self.slots[slot].key != EMPTY:
             slot = (slot + 1) & self.mask
         return &self.slots[slot]
 
-    cdef Pair* get(self, uint64_t key) except NULL nogil:
+    cdef Entry* get(self, uint64_t key) except NULL nogil:
         """The entry of a pair, made if it is new. Entries move when the table grows."""
-        cdef Pair* pair = self.find(key)
-        if pair.key == EMPTY:
+        cdef Entry* entry = self.find(key)
+        if entry.key == EMPTY:
             if 2 * self.n > self.mask:
-                self.rehash()
-                pair = self.find(key)
-            pair.key = key
+                self.resize(2 * (self.mask + 1))
+                entry = self.find(key)
+            entry.key = key
             self.n += 1
-        return pair
+        return entry
 
-    cdef int rehash(self) except -1 nogil:
-        cdef Pair* old = self.slots
-        cdef Py_ssize_t i, size = self.mask + 1
-        self.slots = self.empty(2 * size)
-        self.mask = 2 * size - 1
-        for i in range(size):
-            if old[i].key != EMPTY:
-                self.find(old[i].key)[0] = old[i]
-        free(old)
+
+# ---- a heap ------------------------------------------------------------------------------------------------
+
+cdef struct Candidate:
+    int64_t order
+    uint64_t key
+
+
+cdef inline bint before(Candidate a, Candidate b) noexcept nogil:
+    return a.order < b.order or (a.order == b.order and a.key < b.key)
+
+
+cdef class Heap:
+    """Gives the candidate of the lowest order first, of equals that of the lowest key."""
+    cdef Candidate* items
+    cdef Py_ssize_t n, room
+
+    def __dealloc__(self):
+        free(self.items)
+
+    cdef int push(self, int64_t order, uint64_t key) except -1 nogil:
+        cdef Candidate c = Candidate(order, key)
+        cdef Py_ssize_t i = self.n, parent
+        fit(<void**>&self.items, &self.room, self.n + 1, sizeof(Candidate))
+        self.n += 1
+        while i > 0:
+            parent = (i - 1) // 2
+            if not before(c, self.items[parent]):
+                break
+            self.items[i] = self.items[parent]
+            i = parent
+        self.items[i] = c
         return 0
+
+    cdef Candidate pop(self) noexcept nogil:
+        cdef Candidate top = self.items[0], last
+        cdef Py_ssize_t i = 0, child
+        self.n -= 1
+        last = self.items[self.n]
+        while 2 * i + 1 < self.n:
+            child = 2 * i + 1
+            if child + 1 < self.n and before(self.items[child + 1], self.items[child]):
+                child += 1
+            if not before(self.items[child], last):
+                break
+            self.items[i] = self.items[child]
+            i = child
+        self.items[i] = last
+        return top
 
 
 # ---- learning merges ---------------------------------------------------------------------------------------
 
-cdef struct Candidate:
+cdef enum:
+    MAX_TRAINING_BYTES = 0x7FFFFFFF // 3  # of distinct words: each merge of two places adds up to two occurrences
+
+
+cdef struct Place:     # where a symbol stands in a word; what a merge swallows is linked to no more
+    int32_t symbol     # its id
+    int32_t left       # its neighbours in the same word, -1 at the ends
+    int32_t right
+    int32_t word       # training: the word it belongs to
+    int32_t pair       # training: the pair that it makes with its right neighbour, -1 if it makes none
+
+
+cdef struct Pair:
+    uint64_t key       # left id << 32 | right id
     int64_t count
-    uint64_t key
+    int32_t first      # its list of occurrences
+    int32_t last
 
 
 cdef struct Occurrence:
-    int32_t position
+    int32_t place
     int32_t next       # in the same list, -1 at its end
-
-
-cdef inline bint before(Candidate a, Candidate b) noexcept nogil:
-    """The larger count first, then the smaller pair of ids."""
-    return a.count > b.count or (a.count == b.count and a.key < b.key)
 
 
 cdef class Trainer:
     """Learns merges from a table of words. `base` maps the 256 bytes to their ids."""
-    cdef int32_t* symbol           # id at each position, -1 where a merge has swallowed it
-    cdef int32_t* left             # neighbours in the same word, -1 at its ends
-    cdef int32_t* right
-    cdef int32_t* word             # which word a position belongs to
-    cdef int64_t* weight           # how often that word occurs
+    cdef Place* places             # of all bytes of all words
+    cdef int64_t* weight           # how often each word occurs
     cdef Occurrence* occurrences
-    cdef Py_ssize_t n, n_occurrences, max_occurrences
-    cdef Candidate* heap
-    cdef Py_ssize_t n_heap, max_heap
-    cdef uint64_t* fresh           # pairs first met since candidates were last pushed
-    cdef Py_ssize_t n_fresh, max_fresh
-    cdef PairTable pairs
+    cdef Pair* pairs               # in the order they were met
+    cdef Py_ssize_t n, n_occurrences, n_pairs, n_candidates
+    cdef Py_ssize_t room_occurrences, room_pairs
+    cdef PairTable index           # of pairs
+    cdef Heap heap                 # (-count, pair) of the first n_candidates pairs, with counts that may be too high
 
     def __cinit__(self, WordTable words, const int32_t[::1] base):
-        cdef Py_ssize_t i, j, k = 0
+        cdef Py_ssize_t i
         self.n = words.used
-        if self.n >= 0x7FFFFFFF:
-            raise ValueError(f"the distinct words hold {self.n} bytes; training takes at most 2 GB of them")
-        self.symbol = <int32_t*>malloc(self.n * 4 + 4)
-        self.left = <int32_t*>malloc(self.n * 4 + 4)
-        self.right = <int32_t*>malloc(self.n * 4 + 4)
-        self.word = <int32_t*>malloc(self.n * 4 + 4)
-        self.weight = <int64_t*>malloc(words.n_words * 8 + 8)
-        self.max_occurrences, self.max_heap, self.max_fresh = self.n + 16, 1 << 12, 1 << 12
-        self.fresh = <uint64_t*>malloc(self.max_fresh * sizeof(uint64_t))
-        self.occurrences = <Occurrence*>malloc(self.max_occurrences * sizeof(Occurrence))
-        self.heap = <Candidate*>malloc(self.max_heap * sizeof(Candidate))
-        if (self.symbol == NULL or self.left == NULL or self.right == NULL or self.word == NULL
-                or self.weight == NULL or self.occurrences == NULL or self.heap == NULL
-                or self.fresh == NULL):
-            raise MemoryError(f"no memory to train on {self.n} bytes of distinct words")
-        self.pairs = PairTable(1 << 14)
-        for i in range(words.n_words):
-            self.weight[i] = words.words[i].count
-            for j in range(words.words[i].length):
-                self.symbol[k] = base[words.arena[k]]
-                self.word[k] = <int32_t>i
-                self.left[k] = <int32_t>(k - 1) if j else -1
-                self.right[k] = <int32_t>(k + 1) if j + 1 < words.words[i].length else -1
-                k += 1
+        if self.n > MAX_TRAINING_BYTES:
+            raise ValueError(f"the distinct words hold {self.n} bytes; training takes at most {MAX_TRAINING_BYTES}")
+        self.index, self.heap = PairTable(), Heap()
+        self.places = <Place*>grow(NULL, (self.n + 1) * sizeof(Place))
+        self.weight = <int64_t*>grow(NULL, (words.n + 1) * sizeof(int64_t))
+        self.place_words(words, base)
         for i in range(self.n):
-            if self.right[i] >= 0:
+            if self.places[i].right >= 0:
                 self.add_occurrence(i)
-        self.push_fresh()
+        self.push_new()
 
     def __dealloc__(self):
-        free(self.symbol)
-        free(self.left)
-        free(self.right)
-        free(self.word)
+        free(self.places)
         free(self.weight)
         free(self.occurrences)
-        free(self.heap)
-        free(self.fresh)
+        free(self.pairs)
 
-    cdef inline uint64_t key_at(self, Py_ssize_t i) noexcept nogil:
-        return <uint64_t>self.symbol[i] << 32 | <uint64_t>self.symbol[self.right[i]]
+    cdef void place_words(self, WordTable words, const int32_t[::1] base) noexcept:
+        """Lay out the symbols as the bytes lie in the arena: the words met first, so the most frequent, together."""
+        cdef Py_ssize_t i, k = 0
+        cdef int32_t at, end
+        cdef Word* w
+        for i in range(words.mask + 1):
+            w = &words.slots[i]
+            if w.length == 0:
+                continue
+            self.weight[k] = w.count
+            end = <int32_t>w.start + w.length
+            for at in range(<int32_t>w.start, end):
+                self.places[at] = Place(base[words.arena[at]], at - 1, at + 1, <int32_t>k, -1)
+            self.places[w.start].left = self.places[end - 1].right = -1
+            k += 1
 
     cdef int add_occurrence(self, Py_ssize_t i) except -1 nogil:
-        """Count the pair that starts at i, and remember the place."""
-        cdef Pair* pair = self.pairs.get(self.key_at(i))
-        if self.n_occurrences == self.max_occurrences:
-            self.occurrences = <Occurrence*>grow(self.occurrences, 2 * self.max_occurrences * sizeof(Occurrence))
-            self.max_occurrences *= 2
-        self.occurrences[self.n_occurrences] = Occurrence(<int32_t>i, -1)
-        if pair.last >= 0:
-            self.occurrences[pair.last].next = <int32_t>self.n_occurrences
-        else:
-            pair.first = self.n_occurrences
-            if self.n_fresh == self.max_fresh:
-                self.fresh = <uint64_t*>grow(self.fresh, 2 * self.max_fresh * sizeof(uint64_t))
-                self.max_fresh *= 2
-            self.fresh[self.n_fresh] = pair.key
-            self.n_fresh += 1
-        pair.last = self.n_occurrences
-        pair.count += self.weight[self.word[i]]
+        """Count the pair that starts at a place, and remember the place."""
+        cdef Place* place = &self.places[i]
+        cdef uint64_t key = <uint64_t>place.symbol << 32 | <uint64_t>self.places[place.right].symbol
+        cdef Entry* entry = self.index.get(key)
+        cdef int32_t here = <int32_t>self.n_occurrences
+        if entry.value < 0:
+            fit(<void**>&self.pairs, &self.room_pairs, self.n_pairs + 1, sizeof(Pair))
+            self.pairs[self.n_pairs] = Pair(key, 0, here, -1)
+            entry.value = self.n_pairs
+            self.n_pairs += 1
+        cdef Pair* pair = &self.pairs[entry.value]
+        fit(<void**>&self.occurrences, &self.room_occurrences, here + 1, sizeof(Occurrence))
+        self.occurrences[here] = Occurrence(<int32_t>i, -1)
         self.n_occurrences += 1
+        if pair.last >= 0:
+            self.occurrences[pair.last].next = here
+        pair.last = here
+        pair.count += self.weight[place.word]
+        place.pair = <int32_t>entry.value
         return 0
 
-    cdef int push(self, Candidate c) except -1 nogil:
-        cdef Py_ssize_t i = self.n_heap, parent
-        if i == self.max_heap:
-            self.heap = <Candidate*>grow(self.heap, 2 * self.max_heap * sizeof(Candidate))
-            self.max_heap *= 2
-        self.n_heap += 1
-        while i > 0:
-            parent = (i - 1) // 2
-            if not before(c, self.heap[parent]):
-                break
-            self.heap[i] = self.heap[parent]
-            i = parent
-        self.heap[i] = c
-        return 0
-
-    cdef Candidate pop(self) noexcept nogil:
-        cdef Candidate top = self.heap[0], last
-        cdef Py_ssize_t i = 0, child
-        self.n_heap -= 1
-        last = self.heap[self.n_heap]
-        while 2 * i + 1 < self.n_heap:
-            child = 2 * i + 1
-            if child + 1 < self.n_heap and before(self.heap[child + 1], self.heap[child]):
-                child += 1
-            if not before(self.heap[child], last):
-                break
-            self.heap[i] = self.heap[child]
-            i = child
-        self.heap[i] = last
-        return top
-
-    cdef int push_fresh(self) except -1 nogil:
+    cdef int push_new(self) except -1 nogil:
         """Make candidates of the pairs that are new, now that their counts are known."""
-        cdef Py_ssize_t k
-        cdef int64_t count
-        for k in range(self.n_fresh):
-            count = self.pairs.find(self.fresh[k]).count
-            if count > 0:
-                self.push(Candidate(count, self.fresh[k]))
-        self.n_fresh = 0
+        while self.n_candidates < self.n_pairs:
+            if self.pairs[self.n_candidates].count > 0:
+                self.heap.push(-self.pairs[self.n_candidates].count, self.pairs[self.n_candidates].key)
+            self.n_candidates += 1
         return 0
 
-    cdef bint best(self, Candidate* c) except -1 nogil:
-        """The pair with the highest count, or False if none is left."""
-        cdef int64_t count
-        while self.n_heap:
-            c[0] = self.pop()
-            count = self.pairs.find(c.key).count
-            if count == c.count:
-                return True
-            if count > 0:
-                self.push(Candidate(count, c.key))
-        return False
+    cdef Pair* best(self) except? NULL nogil:
+        """The pair with the highest count, or NULL if none is left."""
+        cdef Candidate c
+        cdef Pair* pair
+        while self.heap.n:
+            c = self.heap.pop()
+            pair = &self.pairs[self.index.find(c.key).value]
+            if pair.count == -c.order:
+                return pair
+            if pair.count > 0:
+                self.heap.push(-pair.count, c.key)
+        return NULL
 
-    cdef int apply(self, uint64_t key, int32_t new) except -1 nogil:
+    cdef int apply(self, int32_t pair, int32_t new) except -1 nogil:
         """Replace a pair by a new token wherever it occurs, from left to right."""
-        cdef int32_t a = <int32_t>(key >> 32), b = <int32_t>key, i, j, before_i, behind
-        cdef int64_t occurrence = self.pairs.find(key).first, weight
+        cdef int32_t occurrence = self.pairs[pair].first
+        cdef int32_t i, j
+        cdef Place* place
         while occurrence >= 0:
-            i = self.occurrences[occurrence].position
+            i = self.occurrences[occurrence].place
             occurrence = self.occurrences[occurrence].next
-            j = self.right[i]
-            if self.symbol[i] != a or j < 0 or self.symbol[j] != b:
+            place = &self.places[i]
+            if place.pair != pair:
                 continue  # an earlier merge has changed this place
-            weight = self.weight[self.word[i]]
-            before_i, behind = self.left[i], self.right[j]
-            if before_i >= 0:
-                self.pairs.find(self.key_at(before_i)).count -= weight
-            if behind >= 0:
-                self.pairs.find(self.key_at(j)).count -= weight
-            self.symbol[i], self.symbol[j] = new, -1
-            self.right[i] = behind
-            if before_i >= 0:
-                self.add_occurrence(before_i)
-            if behind >= 0:
-                self.left[behind] = i
+            j = place.right
+            place.symbol, place.right, place.pair = new, self.places[j].right, -1
+            if self.places[j].pair >= 0:
+                self.pairs[self.places[j].pair].count -= self.weight[place.word]
+                self.places[j].pair = -1
+                self.places[place.right].left = i
                 self.add_occurrence(i)
+            if place.left >= 0:
+                self.pairs[self.places[place.left].pair].count -= self.weight[place.word]
+                self.add_occurrence(place.left)
         return 0
 
     def train(self, Py_ssize_t n_merges, int32_t first_id):
         """Up to n_merges merges, as an int32 array (n, 2) of ids; fewer if no pair is left."""
+        n_merges = min(n_merges, self.n)  # each takes a place at least
         cdef cnp.ndarray merges = np.empty((n_merges, 2), np.int32)
         cdef int32_t[:, ::1] out = merges
-        cdef Candidate c
+        cdef Pair* pair
         cdef Py_ssize_t k = 0
         with nogil:
-            while k < n_merges and self.best(&c):
-                out[k, 0], out[k, 1] = <int32_t>(c.key >> 32), <int32_t>c.key
-                self.apply(c.key, first_id + <int32_t>k)
-                self.push_fresh()
+            while k < n_merges:
+                pair = self.best()
+                if pair == NULL:
+                    break
+                out[k, 0], out[k, 1] = <int32_t>(pair.key >> 32), <int32_t>pair.key
+                self.apply(<int32_t>(pair - self.pairs), first_id + <int32_t>k)
+                self.push_new()
                 k += 1
         return merges[:k]
 
@@ -570,8 +590,9 @@ cdef class Trie:
         return 0
 
     cdef inline Child* find(self, uint32_t key) noexcept nogil:
-        """The entry of a key, or the free slot where it would go."""
-        cdef Py_ssize_t slot = <Py_ssize_t>((<uint64_t>key * <uint64_t>0x9E3779B97F4A7C15) >> 32) & self.mask
+        """The entry of a key, or the free slot where it would go. The children of a node lie side by side."""
+        cdef uint64_t place = <uint64_t>(key >> 8) * <uint64_t>0x9E3779B97F4A7C15 >> 32
+        cdef Py_ssize_t slot = <Py_ssize_t>(place ^ (key & 0xFF)) & self.mask
         while self.slots[slot].key != key and self.slots[slot].key != NO_CHILD:
             slot = (slot + 1) & self.mask
         return &self.slots[slot]
@@ -612,9 +633,9 @@ cdef class Merges:
     def __init__(self, const int32_t[::1] base, const int32_t[:, ::1] pairs, const int32_t[::1] ids):
         """base: ids of the 256 bytes; pairs (n, 2) in the order of their rank; ids (n) of the merged tokens."""
         cdef Py_ssize_t k
-        cdef Pair* pair
+        cdef Entry* entry
         cdef uint64_t key, bit
-        self.table, self.trie = PairTable(pairs.shape[0]), Trie()
+        self.table, self.trie = PairTable(), Trie()
         memset(self.filter, 0, sizeof(self.filter))
         for k in range(256):
             self.base[k] = base[k]
@@ -622,10 +643,9 @@ cdef class Merges:
             key = <uint64_t>pairs[k, 0] << 32 | <uint64_t>pairs[k, 1]
             bit = mix(key) & (8 * FILTER_BYTES - 1)
             self.filter[bit >> 3] |= <uint8_t>(1 << (bit & 7))
-            pair = self.table.get(key)
-            if pair.first < 0:  # of two merges of one pair the first counts
-                pair.first = k
-                pair.count = <int64_t>k << 32 | ids[k]
+            entry = self.table.get(key)
+            if entry.value < 0:  # of two merges of one pair the first counts
+                entry.value = <int64_t>k << 32 | ids[k]
         self.consistent = self.set_tokens(base, pairs, ids)
         if self.consistent:
             self.make_trie(base, ids)
@@ -668,11 +688,11 @@ cdef class Merges:
     cdef inline int64_t rank(self, int32_t a, int32_t b) noexcept nogil:
         """rank << 32 | id of the merged token, or NO_RANK."""
         cdef uint64_t key = <uint64_t>a << 32 | <uint64_t>b, bit = mix(key) & (8 * FILTER_BYTES - 1)
-        cdef Pair* pair
+        cdef Entry* entry
         if not self.filter[bit >> 3] >> (bit & 7) & 1:
             return NO_RANK
-        pair = self.table.find(key)
-        return pair.count if pair.key != EMPTY else NO_RANK
+        entry = self.table.find(key)
+        return entry.value if entry.key != EMPTY else NO_RANK
 
     cdef inline bint apart(self, int32_t a, int32_t b, int64_t limit) noexcept nogil:
         """Whether a and b side by side stay two tokens under the merges of rank below `limit`.
@@ -710,21 +730,18 @@ cdef class Encoder:
     cdef Merges merges
     cdef object lock
     cdef WordTable cache
-    cdef int32_t* ids              # of the cached words
-    cdef Py_ssize_t n_ids, max_ids
-    cdef void* work                # for one word in `by_rank`
-    cdef Py_ssize_t max_work
+    cdef int32_t* ids              # of the cached words of more than one
+    cdef Py_ssize_t n_ids, room_ids
+    cdef Place* places             # for one word in `by_rank`
+    cdef Py_ssize_t room_places
+    cdef Heap heap
 
     def __cinit__(self, Merges merges):
-        self.merges, self.cache, self.lock = merges, WordTable(), Lock()
-        self.max_ids = CACHED_WORDS
-        self.ids = <int32_t*>malloc(self.max_ids * sizeof(int32_t))
-        if self.ids == NULL:
-            raise MemoryError("no memory for the cache of words")
+        self.merges, self.cache, self.heap, self.lock = merges, WordTable(), Heap(), Lock()
 
     def __dealloc__(self):
         free(self.ids)
-        free(self.work)
+        free(self.places)
 
     def encode(self, const uint8_t[::1] text, int32_t[::1] out):
         """Write the ids of a text (valid UTF-8) to out, which has room for one for each byte; returns how many."""
@@ -743,28 +760,28 @@ cdef class Encoder:
 
     cdef Py_ssize_t encode_word(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
         cdef Word* w
-        cdef bint added
-        cdef int index
         cdef Py_ssize_t k
         if n > CACHED_BYTES:
             return self.merge(p, n, out)
-        if self.cache.n_words == CACHED_WORDS:
+        if self.cache.n == CACHED_WORDS:
             self.cache.clear()
             self.n_ids = 0
-        index = self.cache.find(p, n, &added)
-        w = &self.cache.words[index]
-        if added:
+        w = self.cache.find(p, n)
+        if w.ids == 1:
+            out[0] = <int32_t>w.count
+        elif w.ids:
+            memcpy(out, self.ids + w.count, w.ids * sizeof(int32_t))
+        else:
             k = self.merge(p, n, out)
-            if self.n_ids + k > self.max_ids:
-                self.ids = <int32_t*>grow(self.ids, 2 * self.max_ids * sizeof(int32_t))
-                self.max_ids *= 2
-            memcpy(self.ids + self.n_ids, out, k * sizeof(int32_t))
-            w.count, w.ids = self.n_ids, <int32_t>k
-            self.n_ids += k
-            return k
-        for k in range(w.ids):
-            out[k] = self.ids[w.count + k]
+            w.count, w.ids = out[0] if k == 1 else self.keep(out, k), <int32_t>k
         return w.ids
+
+    cdef Py_ssize_t keep(self, const int32_t* ids, Py_ssize_t n) except -1 nogil:
+        """Keep the ids of a word; returns where they start."""
+        fit(<void**>&self.ids, &self.room_ids, self.n_ids + n, sizeof(int32_t))
+        memcpy(self.ids + self.n_ids, ids, n * sizeof(int32_t))
+        self.n_ids += n
+        return self.n_ids - n
 
     cdef Py_ssize_t merge(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
         """The ids of one word; returns how many."""
@@ -799,100 +816,63 @@ cdef class Encoder:
                 token = self.merges.tokens[out[k]].shorter
 
     cdef Py_ssize_t by_rank(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:
-        """Merge the pair of lowest rank, the leftmost of equals, until there is none: a heap of (rank, position)
-        over linked symbols. The heap holds at most one entry for each pair that ever was: n - 1 at first and two
-        more for each of at most n - 1 merges."""
-        cdef Py_ssize_t size = 3 * n * (sizeof(int32_t) + sizeof(Candidate))
-        if size > self.max_work:
-            self.work = grow(self.work, size)
-            self.max_work = size
-        cdef Candidate* heap = <Candidate*>self.work
-        cdef int32_t* symbol = <int32_t*>(heap + 3 * n)
-        cdef int32_t* left = symbol + n
-        cdef int32_t* right = left + n
-        cdef Py_ssize_t n_heap = 0, i, j, k
+        """Merge the pair of lowest rank, the leftmost of equals, until there is none: a heap of (rank, place)."""
+        cdef Py_ssize_t i, j, k = 0
+        cdef Place* place
         cdef Candidate c
+        fit(<void**>&self.places, &self.room_places, n, sizeof(Place))
         for i in range(n):
-            symbol[i] = self.merges.base[p[i]]
-            left[i] = <int32_t>(i - 1)
-            right[i] = <int32_t>(i + 1) if i + 1 < n else -1
+            self.places[i] = Place(self.merges.base[p[i]], <int32_t>(i - 1), <int32_t>(i + 1), 0, 0)
+        self.places[n - 1].right = -1
         for i in range(n - 1):
-            n_heap = self.offer(heap, n_heap, symbol, right, i)
-        while n_heap:
-            c = heap_pop(heap, &n_heap)
-            i = c.key
-            j = right[i]
-            if symbol[i] < 0 or j < 0 or self.merges.rank(symbol[i], symbol[j]) != c.count:
+            self.offer(i)
+        while self.heap.n:
+            c = self.heap.pop()
+            place = &self.places[c.key]
+            j = place.right
+            if j < 0 or self.merges.rank(place.symbol, self.places[j].symbol) != c.order:
                 continue  # an earlier merge has changed this place
-            symbol[i], symbol[j] = <int32_t>c.count, -1
-            right[i] = right[j]
-            if right[i] >= 0:
-                left[right[i]] = <int32_t>i
-                n_heap = self.offer(heap, n_heap, symbol, right, i)
-            if left[i] >= 0:
-                n_heap = self.offer(heap, n_heap, symbol, right, left[i])
-        k = 0
+            place.symbol, place.right = <int32_t>c.order, self.places[j].right
+            self.places[j].right = -1
+            if place.right >= 0:
+                self.places[place.right].left = <int32_t>c.key
+                self.offer(c.key)
+            if place.left >= 0:
+                self.offer(place.left)
         i = 0
         while i >= 0:
-            out[k] = symbol[i]
+            out[k] = self.places[i].symbol
             k += 1
-            i = right[i]
+            i = self.places[i].right
         return k
 
-    cdef inline Py_ssize_t offer(self, Candidate* heap, Py_ssize_t n_heap, const int32_t* symbol,
-                                 const int32_t* right, Py_ssize_t i) noexcept nogil:
-        """Push the pair that starts at i, if it can be merged."""
-        cdef Candidate c = Candidate(self.merges.rank(symbol[i], symbol[right[i]]), i)
-        cdef Py_ssize_t at = n_heap, parent
-        if c.count == NO_RANK:
-            return n_heap
-        while at > 0:
-            parent = (at - 1) // 2
-            if not earlier(c, heap[parent]):
-                break
-            heap[at] = heap[parent]
-            at = parent
-        heap[at] = c
-        return n_heap + 1
-
-
-cdef inline bint earlier(Candidate a, Candidate b) noexcept nogil:
-    """The lower rank first, then the leftmost."""
-    return a.count < b.count or (a.count == b.count and a.key < b.key)
-
-
-cdef Candidate heap_pop(Candidate* heap, Py_ssize_t* n) noexcept nogil:
-    cdef Candidate top = heap[0], last
-    cdef Py_ssize_t i = 0, child
-    n[0] -= 1
-    last = heap[n[0]]
-    while 2 * i + 1 < n[0]:
-        child = 2 * i + 1
-        if child + 1 < n[0] and earlier(heap[child + 1], heap[child]):
-            child += 1
-        if not earlier(heap[child], last):
-            break
-        heap[i] = heap[child]
-        i = child
-    heap[i] = last
-    return top
+    cdef inline int offer(self, Py_ssize_t i) except -1 nogil:
+        """Make a candidate of the pair that starts at a place, if it can be merged."""
+        cdef int64_t rank = self.merges.rank(self.places[i].symbol, self.places[self.places[i].right].symbol)
+        if rank != NO_RANK:
+            self.heap.push(rank, i)
+        return 0
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 def decode(const int32_t[::1] ids, bytes arena, const int64_t[::1] starts):
-    """The bytes of some ids; token i is arena[starts[i]:starts[i + 1]]."""
+    """The bytes of some ids; token i is arena[starts[i]:starts[i + 1]], and 16 bytes of anything end the arena."""
     cdef Py_ssize_t i, n = ids.shape[0], vocab_size = starts.shape[0] - 1, size = 0, length
-    cdef const uint8_t* source = arena
     for i in range(n):
         if ids[i] < 0 or ids[i] >= vocab_size:
             raise ValueError(f"token ids must lie in 0 .. {vocab_size - 1}, got {ids[i]} at position {i}")
         size += starts[ids[i] + 1] - starts[ids[i]]
-    out = bytearray(size)
-    cdef uint8_t* target = out
+    cdef bytes text = PyBytes_FromStringAndSize(NULL, size)
+    cdef const uint8_t* source = arena
+    cdef uint8_t* target = text
+    cdef uint8_t* end = target + size
     with nogil:
         for i in range(n):
             length = starts[ids[i] + 1] - starts[ids[i]]
-            memcpy(target, source + starts[ids[i]], length)
+            if length <= 16 <= end - target:
+                memcpy(target, source + starts[ids[i]], 16)  # of a known length is two instructions, not a call
+            else:
+                memcpy(target, source + starts[ids[i]], length)
             target += length
-    return bytes(out)
+    return text

@@ -86,7 +86,7 @@ class BPETokenizer:
                                  f"{len(ordinary) - 256} beside the bytes")
         self._merges = _bpe.Merges(base, self.merges, np.array(merged, np.int32))
         self._encoder = _bpe.Encoder(self._merges)
-        self._arena = b"".join(tokens)
+        self._arena = b"".join([*tokens, bytes(16)])
         self._starts = np.concatenate([[0], np.cumsum([len(token) for token in tokens])]).astype(np.int64)
 
     @property
