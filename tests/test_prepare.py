@@ -220,6 +220,23 @@ def test_refuses_what_it_cannot_read(tmp_path, tokenizer, capsys):
     refused(command(tmp_path, bad, tokenizer=None, vocab_size=256), capsys, "256")
 
 
+@pytest.mark.parametrize("name", ["text.txt", "lines.jsonl"])
+@pytest.mark.parametrize("change", [-30, 30])
+def test_refuses_a_file_that_changes_while_it_is_read(tmp_path, tokenizer, capsys, monkeypatch, name, change):
+    """And nothing of the next file is taken from the wrong place."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 100)
+    path = write_lines(tmp_path / name, [some_text(5, i) for i in range(9)])
+    real = prepare.open_sources
+
+    def open_and_change(*args):
+        sources = real(*args)
+        sources[0].size -= change  # as if it had had another size
+        return sources
+
+    monkeypatch.setattr(prepare, "open_sources", open_and_change)
+    refused(command(tmp_path, path, path), capsys, name, "changed while it was read")
+
+
 def test_refuses_a_directory_that_is_not_its_own(tmp_path, tokenizer, capsys):
     lines = write_lines(tmp_path / "lines.jsonl", ["a", "b"])
     (tmp_path / "full").mkdir()
@@ -244,6 +261,10 @@ def test_refuses_a_second_process_and_a_damaged_directory(tmp_path, tokenizer, c
     assert prepare.main(command(tmp_path, lines, layout="llm.c")) == 130
     os.truncate(tmp_path / "out" / "tokens.bin", 1030)
     refused(command(tmp_path, lines, layout="llm.c"), capsys, "1030 bytes", "remove")
+    whole = json.loads((tmp_path / "out" / "journal.json").read_text())
+    for damage in ({"offset": -1}, {"tokens": "7"}, {"unknown": 1}):
+        (tmp_path / "out" / "journal.json").write_text(json.dumps(whole | damage))
+        refused(command(tmp_path, lines, layout="llm.c"), capsys, "journal.json", "damaged")
     (tmp_path / "out" / "journal.json").write_text("{")
     refused(command(tmp_path, lines, layout="llm.c"), capsys, "journal.json", "damaged")
 

@@ -84,9 +84,14 @@ def pieces(source: Source, offset: int = 0, line: int = 0) -> Iterator[Piece]:
     with source.path.open("rb") as file:
         file.seek(offset)
         for piece in _json_pieces(file, source, line) if source.field else _text_pieces(file, source, offset):
-            if piece.offset > source.size:
-                raise ValueError(f"{source.path} grew while it was read; run again when it is complete")
+            cut_short = not source.field and piece.ends_document and piece.offset < source.size
+            if piece.offset > source.size or cut_short:
+                break
+            offset = piece.offset
             yield piece
+        if file.tell() != source.size:
+            raise ValueError(f"{source.path} changed while it was read: {source.size} bytes at first, then "
+                             f"{os.fstat(file.fileno()).st_size}; run again when it is complete, with a new directory")
 
 
 def _text_pieces(file, source: Source, offset: int) -> Iterator[Piece]:
@@ -207,12 +212,22 @@ def begin(folder: Path, settings: dict) -> Journal | None:
             raise ValueError(f"{folder} was prepared with other {' and '.join(changed)}; repeat the command it was "
                              "begun with, or choose another directory")
         if found:
-            return None if name == INDEX_NAME else Journal(**found)
+            return None if name == INDEX_NAME else _journal(folder, found)
     if any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no unfinished preparation; choose another directory")
     journal = Journal(settings)
     write_json(folder / JOURNAL_NAME, asdict(journal))
     return journal
+
+
+def _journal(folder: Path, found: dict) -> Journal:
+    try:
+        journal = Journal(**found)
+        if all(type(value) is int and value >= 0 for name, value in found.items() if name != "settings"):
+            return journal
+    except TypeError:
+        pass
+    raise ValueError(f"{folder / JOURNAL_NAME} is damaged; remove {folder} and start again")
 
 
 def settings_of(sources: list[Source], tokenizer: BPETokenizer | None, vocab_size: int | None, layout: str) -> dict:
