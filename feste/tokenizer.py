@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -70,7 +71,7 @@ class BPETokenizer:
         self.tokens = tokens
         self.merges = np.ascontiguousarray(merges, np.int32).reshape(-1, 2)
         self.special_tokens = dict(special_tokens or {})
-        self._id_of = {token: i for i, token in enumerate(tokens)}
+        self._check_ids()
         special_ids = set(self.special_tokens.values())
         ordinary = {token: i for i, token in enumerate(tokens) if i not in special_ids}
         missing = [byte for byte in range(256) if bytes([byte]) not in ordinary]
@@ -89,6 +90,18 @@ class BPETokenizer:
         self._arena = b"".join([*tokens, bytes(16)])
         self._starts = np.concatenate([[0], np.cumsum([len(token) for token in tokens])]).astype(np.int64)
 
+    def _check_ids(self) -> None:
+        """Nothing names an id that is not there, and no two ids stand for the same bytes."""
+        if self.merges.size and not 0 <= self.merges.min() <= self.merges.max() < len(self.tokens):
+            raise TokenizerError(f"merges must be of ids in 0 .. {len(self.tokens) - 1}, got {self.merges.min()} .. "
+                                 f"{self.merges.max()}")
+        for text, i in self.special_tokens.items():
+            if not 0 <= i < len(self.tokens) or self.tokens[i] != _utf8(text):
+                raise TokenizerError(f"the special token {text!r} is not the token of its id, {i}")
+        if len(set(self.tokens)) != len(self.tokens):
+            twice = next(token for token, count in Counter(self.tokens).items() if count > 1)
+            raise TokenizerError(f"two ids stand for {twice!r:.60}; a special token must differ from all others")
+
     @property
     def vocab_size(self) -> int:
         return len(self.tokens)
@@ -105,13 +118,14 @@ class BPETokenizer:
         Exact: no sampling. The most frequent pair is merged first, of equally frequent ones the pair of the
         smaller ids. vocab_size counts the 256 bytes and the special tokens, which get the last ids.
         """
-        special = list(dict.fromkeys(special_tokens))
+        special = [special_tokens] if isinstance(special_tokens, str) else list(dict.fromkeys(special_tokens))
         if not all(isinstance(token, str) and token for token in special):
             raise TypeError(f"special_tokens must be non-empty strings, got {special}")
-        if not isinstance(vocab_size, int) or vocab_size < 256 + len(special):
-            raise ValueError(f"vocab_size must be at least 256, one id for each byte"
+        special_bytes = [_utf8(token) for token in special]
+        if not isinstance(vocab_size, (int, np.integer)) or vocab_size < 256 + len(special):
+            raise ValueError(f"vocab_size must be an integer of at least 256, one id for each byte"
                              f"{f', and {len(special)} for the special tokens' if special else ''}, got {vocab_size}")
-        words = _count_words([text] if isinstance(text, str) else text)
+        words = _count_words([text] if isinstance(text, (str, bytes)) else text)
         base = np.empty(256, np.int32)
         base[BASE_BYTES] = np.arange(256, dtype=np.int32)
         merges = _bpe.Trainer(words, base).train(vocab_size - 256 - len(special), 256)
@@ -119,7 +133,7 @@ class BPETokenizer:
         for a, b in merges.tolist():
             tokens.append(tokens[a] + tokens[b])
         ids = {token: len(tokens) + i for i, token in enumerate(special)}
-        tokenizer = cls(tokens + [token.encode() for token in special], merges, ids)
+        tokenizer = cls(tokens + special_bytes, merges, ids)
         if tokenizer.vocab_size < vocab_size:
             warnings.warn(f"the text yields only {tokenizer.vocab_size} tokens, not the {vocab_size} asked for: "
                           "no pair is left to merge", stacklevel=2)
@@ -133,8 +147,9 @@ class BPETokenizer:
 
     def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
         """The ids of a text as a 1-D array, uint16 if the vocabulary fits, else uint32."""
+        data = _utf8(text)
         if not allow_special or not self.special_tokens:
-            return self._encode_bytes(_utf8(text))
+            return self._encode_bytes(data)
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
         return np.concatenate([np.array([self.special_tokens[piece]], self._dtype) if piece in self.special_tokens
@@ -142,6 +157,8 @@ class BPETokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be an iterable of strings, got one string; encode takes it")
         return [self.encode(text) for text in texts]
 
     @property

@@ -131,12 +131,16 @@ def _split_merge(merge, source: str) -> tuple[str, str]:
 
 
 def from_gpt2(vocab_text: str, merges_text: str, source: str) -> Parts:
-    """Read GPT-2's vocab.json and merges.txt; tokens outside the byte alphabet's merges are special."""
+    """Read GPT-2's vocab.json and merges.txt. Tokens that no merge makes are special if they look so, like
+    <|endoftext|> and [PAD]; of others the merges are missing, as from a file that was cut short."""
     vocab = _parse(vocab_text, source)
     lines = [line for line in merges_text.split("\n") if line and not line.startswith("#version")]
     merges = [_split_merge(line, source) for line in lines]
     made = {a + b for a, b in merges}
     special = {token: i for token, i in vocab.items() if len(token) > 1 and token not in made}
+    for token in special:
+        if token[0] + token[-1] not in ("<>", "[]") or len(token) < 3:
+            raise TokenizerError(f"{source}: no merge makes the token {token!r:.80}; is the file of merges whole?")
     return _build({token: i for token, i in vocab.items() if token not in special}, merges, special, source)
 
 
