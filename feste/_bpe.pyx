@@ -6,8 +6,8 @@ Design:
 - Text is UTF-8 bytes from the door on. `word_end` is GPT-2's pattern written out by hand over a table of four
   classes (other, letter, number, space): the pattern needs no more, and a table beats a regex engine.
 - Merges never cross a word, so training works on distinct words with their counts. Symbols lie in one array,
-  linked to their neighbours and to the pair they make; each pair knows its occurrences, so a merge touches only the
-  places it changes, and looks up only the pairs it makes.
+  linked to their neighbours and to the places of the same pair; so a merge touches only the places it changes, looks
+  up only the pairs it makes, and takes no memory but for new pairs.
   All occurrences of a pair arise at one moment, when the younger of its two tokens is made, so each list is
   written once, in order. Existing counts only fall, so a heap with stale entries, corrected when they surface,
   yields the exact maximum.
@@ -205,7 +205,7 @@ cdef struct Word:
 
 
 cdef class WordTable:
-    """Distinct words: open addressing, at most half full. The entries lie in the slots themselves, because a look-up
+    """Distinct words: open addressing, at most three quarters full. The entries lie in the slots themselves, because a look-up
     waits for the memory more than for anything else; the bytes of the words in an arena, in the order they came."""
     cdef Word* slots
     cdef uint8_t* arena
@@ -217,6 +217,14 @@ cdef class WordTable:
     def __dealloc__(self):
         free(self.slots)
         free(self.arena)
+
+    cdef int drop(self) except -1:
+        """Forget all words, and give their memory back."""
+        free(self.slots)
+        free(self.arena)
+        self.slots, self.arena = NULL, NULL
+        self.n = self.used = self.room = 0
+        return self.resize(1 << 13)
 
     cdef int resize(self, Py_ssize_t size) except -1 nogil:
         cdef Word* old = self.slots
@@ -250,7 +258,7 @@ cdef class WordTable:
 
     cdef Word* add(self, const uint8_t* p, Py_ssize_t n, uint64_t h) except NULL nogil:
         cdef Word* w
-        if 2 * self.n > self.mask:
+        if 4 * self.n > 3 * self.mask:
             self.resize(2 * (self.mask + 1))
         fit(<void**>&self.arena, &self.room, self.used + n, 1)
         memcpy(self.arena + self.used, p, n)
@@ -278,15 +286,16 @@ cdef class WordTable:
                 i = end
 
     def merge(self, WordTable other):
-        """Add the counts of another table."""
+        """Take over the counts of another table, which is empty then."""
         cdef Py_ssize_t i
         cdef Word* w
-        while 2 * (self.n + other.n) > self.mask:  # now: words come in the order of their slots, and would pile up
+        while 4 * (self.n + other.n) > 3 * self.mask:  # now: words come in the order of their slots, and would pile up
             self.resize(2 * (self.mask + 1))
         for i in range(other.mask + 1):
             w = &other.slots[i]
             if w.length:
                 self.find(other.arena + w.start, w.length).count += w.count
+        other.drop()
 
 
 cdef struct Entry:
@@ -391,59 +400,50 @@ cdef class Heap:
 
 # ---- learning merges ---------------------------------------------------------------------------------------
 
-cdef enum:
-    MAX_TRAINING_BYTES = 0x7FFFFFFF // 3  # of distinct words: each merge of two places adds up to two occurrences
-
-
 cdef struct Place:     # where a symbol stands in a word; what a merge swallows is linked to no more
     int32_t symbol     # its id
     int32_t left       # its neighbours in the same word, -1 at the ends
     int32_t right
     int32_t word       # training: the word it belongs to
-    int32_t pair       # training: the pair that it makes with its right neighbour, -1 if it makes none
+    int32_t pair       # training: the pair that it makes with its right neighbour, if there is one
+    int32_t previous   # training: the places of the same pair, -1 at the ends
+    int32_t next
 
 
 cdef struct Pair:
     uint64_t key       # left id << 32 | right id
     int64_t count
-    int32_t first      # its list of occurrences
+    int32_t first      # the list of its places
     int32_t last
 
 
-cdef struct Occurrence:
-    int32_t place
-    int32_t next       # in the same list, -1 at its end
-
-
 cdef class Trainer:
-    """Learns merges from a table of words. `base` maps the 256 bytes to their ids."""
+    """Learns merges from a table of words, which is empty then. `base` maps the 256 bytes to their ids."""
     cdef Place* places             # of all bytes of all words
     cdef int64_t* weight           # how often each word occurs
-    cdef Occurrence* occurrences
     cdef Pair* pairs               # in the order they were met
-    cdef Py_ssize_t n, n_occurrences, n_pairs, n_candidates
-    cdef Py_ssize_t room_occurrences, room_pairs
+    cdef Py_ssize_t n, n_pairs, room_pairs, n_candidates
     cdef PairTable index           # of pairs
     cdef Heap heap                 # (-count, pair) of the first n_candidates pairs, with counts that may be too high
 
     def __cinit__(self, WordTable words, const int32_t[::1] base):
         cdef Py_ssize_t i
         self.n = words.used
-        if self.n > MAX_TRAINING_BYTES:
-            raise ValueError(f"the distinct words hold {self.n} bytes; training takes at most {MAX_TRAINING_BYTES}")
+        if self.n >= 0x7FFFFFFF:
+            raise ValueError(f"the distinct words hold {self.n} bytes; training takes at most 2 GB of them")
         self.index, self.heap = PairTable(), Heap()
         self.places = <Place*>grow(NULL, (self.n + 1) * sizeof(Place))
         self.weight = <int64_t*>grow(NULL, (words.n + 1) * sizeof(int64_t))
         self.place_words(words, base)
+        words.drop()
         for i in range(self.n):
             if self.places[i].right >= 0:
-                self.add_occurrence(i)
+                self.link(<int32_t>i)
         self.push_new()
 
     def __dealloc__(self):
         free(self.places)
         free(self.weight)
-        free(self.occurrences)
         free(self.pairs)
 
     cdef void place_words(self, WordTable words, const int32_t[::1] base) noexcept:
@@ -458,31 +458,43 @@ cdef class Trainer:
             self.weight[k] = w.count
             end = <int32_t>w.start + w.length
             for at in range(<int32_t>w.start, end):
-                self.places[at] = Place(base[words.arena[at]], at - 1, at + 1, <int32_t>k, -1)
+                self.places[at] = Place(base[words.arena[at]], at - 1, at + 1, <int32_t>k, -1, -1, -1)
             self.places[w.start].left = self.places[end - 1].right = -1
             k += 1
 
-    cdef int add_occurrence(self, Py_ssize_t i) except -1 nogil:
-        """Count the pair that starts at a place, and remember the place."""
+    cdef int link(self, int32_t i) except -1 nogil:
+        """Count the pair that starts at a place, and put the place at the end of its list."""
         cdef Place* place = &self.places[i]
         cdef uint64_t key = <uint64_t>place.symbol << 32 | <uint64_t>self.places[place.right].symbol
         cdef Entry* entry = self.index.get(key)
-        cdef int32_t here = <int32_t>self.n_occurrences
         if entry.value < 0:
             fit(<void**>&self.pairs, &self.room_pairs, self.n_pairs + 1, sizeof(Pair))
-            self.pairs[self.n_pairs] = Pair(key, 0, here, -1)
+            self.pairs[self.n_pairs] = Pair(key, 0, -1, -1)
             entry.value = self.n_pairs
             self.n_pairs += 1
         cdef Pair* pair = &self.pairs[entry.value]
-        fit(<void**>&self.occurrences, &self.room_occurrences, here + 1, sizeof(Occurrence))
-        self.occurrences[here] = Occurrence(<int32_t>i, -1)
-        self.n_occurrences += 1
+        place.pair, place.previous, place.next = <int32_t>entry.value, pair.last, -1
         if pair.last >= 0:
-            self.occurrences[pair.last].next = here
-        pair.last = here
+            self.places[pair.last].next = i
+        else:
+            pair.first = i
+        pair.last = i
         pair.count += self.weight[place.word]
-        place.pair = <int32_t>entry.value
         return 0
+
+    cdef inline void unlink(self, int32_t i) noexcept nogil:
+        """The pair that starts at a place is there no more."""
+        cdef Place* place = &self.places[i]
+        cdef Pair* pair = &self.pairs[place.pair]
+        if place.previous >= 0:
+            self.places[place.previous].next = place.next
+        else:
+            pair.first = place.next
+        if place.next >= 0:
+            self.places[place.next].previous = place.previous
+        else:
+            pair.last = place.previous
+        pair.count -= self.weight[place.word]
 
     cdef int push_new(self) except -1 nogil:
         """Make candidates of the pairs that are new, now that their counts are known."""
@@ -507,25 +519,23 @@ cdef class Trainer:
 
     cdef int apply(self, int32_t pair, int32_t new) except -1 nogil:
         """Replace a pair by a new token wherever it occurs, from left to right."""
-        cdef int32_t occurrence = self.pairs[pair].first
         cdef int32_t i, j
         cdef Place* place
-        while occurrence >= 0:
-            i = self.occurrences[occurrence].place
-            occurrence = self.occurrences[occurrence].next
+        while self.pairs[pair].first >= 0:
+            i = self.pairs[pair].first
             place = &self.places[i]
-            if place.pair != pair:
-                continue  # an earlier merge has changed this place
             j = place.right
-            place.symbol, place.right, place.pair = new, self.places[j].right, -1
-            if self.places[j].pair >= 0:
-                self.pairs[self.places[j].pair].count -= self.weight[place.word]
-                self.places[j].pair = -1
-                self.places[place.right].left = i
-                self.add_occurrence(i)
+            self.unlink(i)
             if place.left >= 0:
-                self.pairs[self.places[place.left].pair].count -= self.weight[place.word]
-                self.add_occurrence(place.left)
+                self.unlink(place.left)
+            if self.places[j].right >= 0:
+                self.unlink(j)
+            place.symbol, place.right = new, self.places[j].right
+            if place.left >= 0:
+                self.link(place.left)
+            if place.right >= 0:
+                self.places[place.right].left = i
+                self.link(i)
         return 0
 
     def train(self, Py_ssize_t n_merges, int32_t first_id):
@@ -822,7 +832,7 @@ cdef class Encoder:
         cdef Candidate c
         fit(<void**>&self.places, &self.room_places, n, sizeof(Place))
         for i in range(n):
-            self.places[i] = Place(self.merges.base[p[i]], <int32_t>(i - 1), <int32_t>(i + 1), 0, 0)
+            self.places[i] = Place(self.merges.base[p[i]], <int32_t>(i - 1), <int32_t>(i + 1), 0, 0, 0, 0)
         self.places[n - 1].right = -1
         for i in range(n - 1):
             self.offer(i)

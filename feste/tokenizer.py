@@ -293,5 +293,5 @@ def _count_words(texts: Iterable[str]) -> _bpe.WordTable:
             shares = [chunks[i::cores] for i in range(cores)]
             list(pool.map(lambda table, share: [table.count(chunk) for chunk in share], tables, shares))
     for table in tables[1:]:
-        tables[0].merge(table)
+        tables[0].merge(table)  # which gives the memory of the other back
     return tables[0]
