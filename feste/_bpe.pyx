@@ -289,10 +289,8 @@ cdef class WordTable:
         """Take over the counts of another table, which is empty then."""
         cdef Py_ssize_t i
         cdef Word* w
-        while 4 * (self.n + other.n) > 3 * self.mask:  # now: words come in the order of their slots, and would pile up
-            self.resize(2 * (self.mask + 1))
         for i in range(other.mask + 1):
-            w = &other.slots[i]
+            w = &other.slots[i * 0x9E3779B1 & other.mask]  # all of them, but not in order: they would pile up here
             if w.length:
                 self.find(other.arena + w.start, w.length).count += w.count
         other.drop()
