@@ -205,8 +205,9 @@ cdef struct Word:
 
 
 cdef class WordTable:
-    """Distinct words: open addressing, at most three quarters full. The entries lie in the slots themselves, because a look-up
-    waits for the memory more than for anything else; the bytes of the words in an arena, in the order they came."""
+    """Distinct words: open addressing, at most three quarters full. The entries lie in the slots themselves, because a
+    look-up waits for the memory more than for anything else; the bytes of the words in an arena, in order of arrival.
+    """
     cdef Word* slots
     cdef uint8_t* arena
     cdef Py_ssize_t mask, n, used, room
