@@ -52,8 +52,8 @@ cdef extern from "_simd.h" nogil:
     vi bf16_pairs(vf even, vf odd)
     vi bf16_row(vf x0, vf x1)
     vf vdot_bf16(vf acc, vi a, vi b)
-    void prefetch_read(const float* p)
-    void prefetch_write(const float* p)
+    void prefetch_read(const float* p, Py_ssize_t n)
+    void prefetch_write(const float* p, Py_ssize_t n)
     void transpose_tile(int32_t* out, Py_ssize_t ldo, const int32_t* x, Py_ssize_t ldi)
     void* workspace(size_t size)
 
@@ -249,9 +249,9 @@ cdef inline void open_tile(vf (*acc)[NV], const float* c, Py_ssize_t ldc, const 
     """Zero; and c and start are on their way to L1 while the products are made."""
     cdef Py_ssize_t i
     for i in range(MR):
-        prefetch_write(c + i * ldc)
+        prefetch_write(c + i * ldc, NR)
         if start != NULL and start != c:
-            prefetch_read(start + i * ld_start)
+            prefetch_read(start + i * ld_start, NR)
         acc[i][0] = acc[i][1] = vset(0)
 
 
@@ -326,11 +326,11 @@ cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t ps_a
 cdef void pack_panel(float* panel, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
                      Py_ssize_t n) noexcept nogil:
     """panel [kc][NR] = b (kc, n), n <= NR, zero beyond n. Where rows of b are contiguous, sums (NR) = their sum."""
-    cdef Py_ssize_t jb, kb, j, k, whole_k = kc // VL * VL
+    cdef Py_ssize_t jb, kb, i, j, k, whole_k = kc // VL * VL
     cdef vf x0, x1, sum0 = vset(0), sum1 = vset(0)
     if cs_b == 1:
         for k in range(kc):
-            prefetch_read(b + (k + AHEAD) * rs_b)
+            prefetch_read(b + (k + AHEAD) * rs_b, NR)
             x0 = part(b + k * rs_b, n)
             x1 = part(b + k * rs_b + VL, n - VL)
             vstore(panel + k * NR, x0)
@@ -344,6 +344,8 @@ cdef void pack_panel(float* panel, float* sums, const float* b, Py_ssize_t rs_b,
             j = jb * VL
             for kb in range(ceil_div(whole_k, VL)):
                 k = kb * VL
+                for i in range(VL):
+                    prefetch_read(b + k + (j + i + NR) * cs_b, VL)
                 transpose_tile(<int32_t*>(panel + k * NR + j), NR, <const int32_t*>(b + k + j * cs_b), cs_b)
         for k in range(whole_k, kc):
             for j in range(NR):
@@ -369,6 +371,8 @@ cdef void pack_panel_bf16(int32_t* panel, float* sums, const float* b, Py_ssize_
             total = vset(0)
             for k in range(pairs):
                 x = b + 2 * k * rs_b + j
+                prefetch_read(x + 2 * AHEAD * rs_b, VL)
+                prefetch_read(x + (2 * AHEAD + 1) * rs_b, VL)
                 even = part(x, n - j)
                 odd = part(x + rs_b, n - j) if 2 * k + 1 < kc else vset(0)
                 vistore(panel + k * NR + j, bf16_pairs(even, odd))
@@ -396,6 +400,7 @@ cdef void pack_strips(float* strips, const float* a, Py_ssize_t rs_a, Py_ssize_t
         whole = m // (SIDE * MR) * SIDE
         for ib in range(whole // SIDE):
             for k in range(kc):
+                prefetch_read(a + ib * SIDE * MR + (k + AHEAD) * cs_a, SIDE * MR)
                 for j in range(SIDE):
                     memcpy(strips + ((ib * SIDE + j) * kc + k) * MR, a + (ib * SIDE + j) * MR + k * cs_a,
                            MR * sizeof(float))
@@ -1040,6 +1045,7 @@ cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, 
     """out (rows, D) = scale * x (m, D), rows of x stride apart, zero beyond m."""
     cdef Py_ssize_t i, j
     for i in range(m):
+        prefetch_read(x + (i + AHEAD) * stride, D)
         for j in range(D):
             out[i * D + j] = scale * x[i * stride + j]
     memset(out + m * D, 0, (rows - m) * D * sizeof(float))
@@ -1241,6 +1247,7 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
         copy_rows(q_block, q + first * h.stride, h.stride, h.scale, m, h.queries, h.D)
         copy_rows(do_block, do + first * C, C, 1, m, h.queries, h.D)
         for i in range(m):
+            prefetch_read(o + (first + i + AHEAD) * C, h.D)
             delta[i] = dot(do_block + i * h.D, o + (first + i) * C, h.D)
         score_block(weights, q_block, kt_panels, h, first, m)
         score_block(dweights, do_block, vt_panels, h, first, m)

@@ -63,12 +63,12 @@ static inline void vstore_part(float *p, vf x, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) p[i] = x[i];
 }
 
-/* NR floats from p on will be wanted soon. Any address will do. */
-static inline void prefetch_read(const float *p) {
-    for (int i = 0; i < NR; i += 16) __builtin_prefetch(p + i, 0);
+/* n floats from p on will be wanted soon. Any address will do. */
+static inline void prefetch_read(const float *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0);
 }
-static inline void prefetch_write(const float *p) {
-    for (int i = 0; i < NR; i += 16) __builtin_prefetch(p + i, 1);
+static inline void prefetch_write(const float *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 1);
 }
 
 static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
