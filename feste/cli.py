@@ -80,12 +80,12 @@ def guarded(action) -> int:
 
 def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> None:
     """A flag for every dial; with a preset, the help tells its values."""
-    parser.add_argument("--data", metavar="FILE", help="a UTF-8 text file, or a directory of tools.prepare "
-                        "(default: the complete works of Shakespeare)")
+    parser.add_argument("--data", metavar="FILE", help="a UTF-8 text file, used whole, or a directory of "
+                        "tools.prepare (default: Shakespeare, as much of it as the preset says)")
     parser.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
     parser.add_argument("--tokenizer-chars", type=int, metavar="N", help="make the tokenizer from the first N")
-    parser.add_argument("--run-dir", metavar="DIR", help="new directory of the run (default: data/NAME_TIME, or the "
-                        "one that is resumed)")
+    parser.add_argument("--run-dir", metavar="DIR", help="new directory of the run (default: data/TEXT_PRESET_TIME, "
+                        "or the one that is resumed)")
     parser.add_argument("--resume", metavar="PATH", help="continue the run of a directory or checkpoint, to the bit")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
     model, train = parser.add_argument_group("model"), parser.add_argument_group("training")
@@ -145,8 +145,7 @@ def _train(plan: Plan, run_dir: Path | None, on_step: Callable[[dict], None]) ->
 
 
 def _new(preset: Preset, args: argparse.Namespace) -> Plan:
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    run_dir = Path("data", f"shakespeare_{preset.name}_{stamp}") if args.run_dir is None else Path(args.run_dir)
+    run_dir = _new_directory(preset, args.data) if args.run_dir is None else Path(args.run_dir)
     if run_dir.exists():
         raise ValueError(f"{run_dir} exists; a run directory is never reused. Choose another --run-dir, or continue "
                          "that run with --resume")
@@ -163,6 +162,11 @@ def _new(preset: Preset, args: argparse.Namespace) -> Plan:
     # The tokenizer decides: a text may yield fewer tokens, and a directory of tokens has its own.
     model = GPT2(replace(config, vocab_size=tokenizer.vocab_size), train.seed, train.precision)
     return Plan(preset.name, model, tokenizer, tokens, train, run_dir, info)
+
+
+def _new_directory(preset: Preset, data: str | None) -> Path:
+    text = "shakespeare" if data is None else Path(data).absolute().stem
+    return Path("data", f"{text}_{preset.name}_{datetime.now():%Y%m%d_%H%M%S}")
 
 
 def _fine_tuning(preset: Preset, args: argparse.Namespace, run_dir: Path, info: dict) -> Plan:
@@ -195,17 +199,20 @@ def _train_config(preset: Preset, config: Config, args: argparse.Namespace) -> T
 
 
 def _data_flags(preset: Preset, args: argparse.Namespace) -> dict:
-    """Which text, and how much of it; kept in run.json so that --resume finds it again from anywhere."""
-    limits = {"train_chars": preset.train_chars, "tokenizer_chars": preset.tokenizer_chars}
-    named = {name: getattr(args, name) for name in limits if getattr(args, name) is not None}
+    """Which text, and how much of it; kept in run.json so that --resume finds it again from anywhere.
+
+    A preset takes the beginning of Shakespeare only; a text of the user's own is meant as a whole.
+    """
+    limits = {"train_chars": args.train_chars, "tokenizer_chars": args.tokenizer_chars}
+    named = {name: value for name, value in limits.items() if value is not None}
     for name, value in named.items():
         if value < 1:
             raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
     if args.data is None:
-        return {"data": None} | limits | named
+        return {"data": None, "train_chars": preset.train_chars, "tokenizer_chars": preset.tokenizer_chars} | named
     path = Path(args.data).absolute()
     if not path.is_dir():
-        return {"data": str(path)} | limits | named
+        return {"data": str(path)} | limits
     if named:
         raise ValueError(f"{_flag(min(named))} is for texts, and {args.data} is a directory; leave it out")
     return {"data": str(path)}

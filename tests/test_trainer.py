@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,20 @@ def test_a_dry_run_writes_nothing(tmp_path, text_file, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_a_text_of_ones_own_is_used_whole_and_names_the_directory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_text.txt").write_text("to be, or not to be " * 20_000)  # more than the preset takes of Shakespeare
+    flags = [*TINY_FLAGS, "--data", "my_text.txt", "--dry-run"]
+    printed = []
+    for more in ([], ["--train-chars", "10000"]):
+        assert run_preset("tiny", flags + more) == 0
+        printed.append(capsys.readouterr().out)
+    assert "data: my_text.txt: " in printed[0] and "goes to data/my_text_tiny_" in printed[0]
+    assert "data: at most 10,000 characters of my_text.txt: " in printed[1]
+    whole, part = (int(re.search(r": ([\d,]+) tokens, the last", text)[1].replace(",", "")) for text in printed)
+    assert whole > 35 * part
+
+
 def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, text_file, capsys):
     text_file.write_text(TEXT[:100])
     assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--dry-run"]) == 2
@@ -276,7 +291,7 @@ def test_a_run_the_disk_cannot_hold_is_refused(tmp_path, text_file, capsys, monk
     (["--n-embd", "100000000"], "not enough memory"),
     (["--weight-decay", "inf"], "weight_decay must be a finite number"),
     (["--n-heads", "5"], "n_embd must be divisible by n_heads"),
-    (["--vocab-size", "255"], "vocab_size must be at least 256"),
+    (["--vocab-size", "255"], "vocab_size must be an integer of at least 256"),
     (["--seq-len", "17"], "seq_len=17 is beyond the model's block_size=16"),
     (["--train-chars", "30"], "tokens, but one window"),
     (["--train-chars", "0"], "--train-chars must be at least 1, got 0"),
