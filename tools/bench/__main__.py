@@ -233,6 +233,17 @@ def saves(args) -> dict:
     return {"saves": data}
 
 
+def haul(args) -> dict:
+    """3,000 steps of the small example: growth of memory, files left open."""
+    report.headline("a long run of the small example")
+    results, _ = alternate("haul", {"feste": {"steps": 3000}}, 1, quiet)
+    r = results["feste"][0]
+    report.console.print(f"{r['steps']:,} steps: {r['warm_bytes'] / 1e6:.1f} MB after the warm-up, at most "
+                         f"{r['growth_bytes'] / 1e6:.2f} MB more later; {r['files_left_open']} files left open",
+                         highlight=False)
+    return {"haul": r}
+
+
 def where(args) -> dict:
     """Where the time of a step goes."""
     for size in args.sizes:
@@ -252,7 +263,7 @@ def monitor(args) -> dict:
 
 
 DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads,
-                                       saves, where, monitor)}
+                                       saves, haul, where, monitor)}
 
 
 def short(args) -> dict:

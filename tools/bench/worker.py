@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-from tools.bench import generation, kernels, saves, steps, tokenizers
+from tools.bench import generation, haul, kernels, saves, steps, tokenizers
 
 
 def main() -> None:
     tasks = {"steps": steps.measure, "kernels": kernels.measure, "generation": generation.measure,
              "tokenizer": tokenizers.measure, "tokenizer_growth": tokenizers.measure_growth,
              "tokenizer_stream": tokenizers.measure_stream, "memory": steps.measure_memory,
-             "saves": saves.measure}
+             "saves": saves.measure, "haul": haul.measure}
     print(json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))
 
 
