@@ -1004,7 +1004,7 @@ def dropout_backward(cnp.ndarray dx, cnp.ndarray dout, double p, uint64_t key, P
 # diagonal whole register tiles are left out; inside a tile the weights are zero.
 
 cdef enum:
-    QUERY_STRIPS = 8
+    QUERY_STRIPS = (64 + MR - 1) // MR  # a block of at least 64 queries, so that T = 64 is one block
 
 
 cdef struct Heads:
