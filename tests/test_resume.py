@@ -169,6 +169,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path):
     assert history(run_dir) == history(tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:the run goes on at step")
 def test_going_back_sets_later_checkpoints_aside(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, num_steps=20, keep_last=9)
