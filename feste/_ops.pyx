@@ -197,6 +197,7 @@ cdef enum:
     NC = 3072  # x KC floats of packed b: 6 MB of L3
     SIDE = 2   # x MR floats of a, side by side: whole cache lines
     AHEAD = 8  # rows that are on their way while one is packed: as many as a set of L1 has ways
+    GROUP = 4  # panels packed side by side, so that they share pages of b
     TASKS = 8  # blocks of c for each thread: fine enough that a thread that was held up costs the others little
 
 
@@ -453,7 +454,7 @@ cdef void pack_task(const Gemm* g, float* panels, Py_ssize_t panel_size, Py_ssiz
                     Py_ssize_t kc) noexcept nogil:
     """Columns j .. j + n of one block of K of b, into panels, and their sums.
 
-    ROW_TILE rows at a time, so that the panels share pages of b and the rounding of the sums grows slowly.
+    ROW_TILE rows at a time, so that the rounding of the sums grows slowly.
     """
     cdef const float* b = g.b + pc * g.rs_b + j * g.cs_b
     cdef const float* x
@@ -518,7 +519,7 @@ cdef int run_gemm(const Gemm* g) except -1:
             jc = jb * NC
             nc = min(g.N - jc, NC)
             n_panels = ceil_div(nc, NR)
-            group = max(1, min(4, n_panels // n_threads))
+            group = max(1, min(GROUP, n_panels // n_threads))
             for pb in range(ceil_div(g.K, depth)):
                 pc = pb * depth
                 kc = min(g.K - pc, depth)
