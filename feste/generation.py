@@ -8,6 +8,7 @@ import numpy as np
 
 from feste import ops
 from feste.config import Config
+from feste.memory import zeros
 
 
 class Sampler:
@@ -56,14 +57,14 @@ class Cache:
     def __init__(self, c: Config, B: int) -> None:
         self.B, self.H, self.D, self.block_size = B, c.n_heads, c.head_size, c.block_size
         shape = (c.n_layers, B, c.n_heads, c.block_size, c.head_size)
-        self.k, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.k, self.v = zeros(*shape), zeros(*shape)
         self.length = 0
         C = c.n_embd
-        self.x, self.mid, self.ln, self.att = (np.zeros((B, C), np.float32) for _ in range(4))
-        self.qkv = np.zeros((B, 3 * C), np.float32)
-        self.fc, self.gelu = np.zeros((B, 4 * C), np.float32), np.zeros((B, 4 * C), np.float32)
-        self.mean, self.rstd = np.zeros(B, np.float32), np.zeros(B, np.float32)
-        self.logits = np.zeros((B, c.vocab_size), np.float32)
+        self.x, self.mid, self.ln, self.att = (zeros(B, C) for _ in range(4))
+        self.qkv = zeros(B, 3 * C)
+        self.fc, self.gelu = zeros(B, 4 * C), zeros(B, 4 * C)
+        self.mean, self.rstd = zeros(B), zeros(B)
+        self.logits = zeros(B, c.vocab_size)
 
     def store(self, layer: int, qkv: np.ndarray, T: int) -> None:
         """Take over the keys and values of a pass over T tokens; one sequence serves all, or each its own."""
@@ -86,7 +87,7 @@ class Weights:
         if not self.packed:
             return weight
         K, N = weight.shape[::-1] if transposed else weight.shape
-        packed = np.empty(ops.packed_size(K, N), np.int32)
+        packed = zeros(ops.packed_size(K, N), dtype=np.int32)
         ops.pack_weight(packed, weight, K, N, transposed)
         return packed
 

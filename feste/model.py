@@ -21,6 +21,7 @@ import numpy as np
 
 from feste import generation, ops
 from feste.config import PRECISIONS, Config
+from feste.memory import zeros
 from feste.params import ParameterTable
 
 HEAD_ROWS = 512
@@ -35,30 +36,26 @@ class Activations:
     def __init__(self, config: Config, B: int, T: int, keep: bool) -> None:
         self.shape, self.keep = (B, T), keep
         rows, C = B * T, config.n_embd
-        self.x = _empty(rows, C)          # the embedding's output, the first block's input
-        self.gelu = _empty(rows, 4 * C)
+        self.x = zeros(rows, C)          # the embedding's output, the first block's input
+        self.gelu = zeros(rows, 4 * C)
         layers = [self._layer(config, B, T) for _ in range(config.n_layers if keep else 1)]
         self.layers = layers if keep else layers * config.n_layers
-        self.ln_f, self.mean, self.rstd = _empty(rows, C), _empty(rows), _empty(rows)
-        self.losses, self.lse = _empty(rows), _empty(rows)
-        self.logits = _empty(min(rows, HEAD_ROWS), config.vocab_size)
+        self.ln_f, self.mean, self.rstd = zeros(rows, C), zeros(rows), zeros(rows)
+        self.losses, self.lse = zeros(rows), zeros(rows)
+        self.logits = zeros(min(rows, HEAD_ROWS), config.vocab_size)
         if keep:
-            self.dx, self.dln, self.dproj = _empty(rows, C), _empty(rows, C), None
-            self.dfc, self.dqkv = _empty(rows, 4 * C), _empty(rows, 3 * C)
+            self.dx, self.dln, self.dproj = zeros(rows, C), zeros(rows, C), None
+            self.dfc, self.dqkv = zeros(rows, 4 * C), zeros(rows, 3 * C)
         if config.dropout > 0.0:
-            self.dproj = _empty(rows, C)  # a projection on its way through dropout, either way
+            self.dproj = zeros(rows, C)  # a projection on its way through dropout, either way
 
     @staticmethod
     def _layer(config: Config, B: int, T: int) -> SimpleNamespace:
         rows, C = B * T, config.n_embd
         return SimpleNamespace(
-            ln_1=_empty(rows, C), mean_1=_empty(rows), rstd_1=_empty(rows), qkv=_empty(rows, 3 * C),
-            att=_empty(rows, C), lse=_empty(B, config.n_heads, T), mid=_empty(rows, C),
-            ln_2=_empty(rows, C), mean_2=_empty(rows), rstd_2=_empty(rows), fc=_empty(rows, 4 * C), x=_empty(rows, C))
-
-
-def _empty(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
+            ln_1=zeros(rows, C), mean_1=zeros(rows), rstd_1=zeros(rows), qkv=zeros(rows, 3 * C),
+            att=zeros(rows, C), lse=zeros(B, config.n_heads, T), mid=zeros(rows, C),
+            ln_2=zeros(rows, C), mean_2=zeros(rows), rstd_2=zeros(rows), fc=zeros(rows, 4 * C), x=zeros(rows, C))
 
 
 def _block_views(views: dict[str, np.ndarray], i: int) -> SimpleNamespace:
@@ -84,8 +81,8 @@ class GPT2:
         self.config, self.precision = config, precision
         self.dropout_seed = 0 if seed is None else seed
         self.table = ParameterTable(config)
-        self.flat_params = np.zeros(self.table.size, np.float32)
-        self.flat_grads = np.zeros(self.table.size, np.float32)
+        self.flat_params = zeros(self.table.size)
+        self.flat_grads = zeros(self.table.size)
         self.params = self.table.views(self.flat_params)
         self.grads = self.table.views(self.flat_grads)
         if seed is not None:
@@ -121,7 +118,7 @@ class GPT2:
         act = self._buffers(*ids.shape, keep=False)
         self._forward(act, ids)
         c, rows = self.config, ids.size
-        logits = np.empty((*ids.shape, c.vocab_size), np.float32)
+        logits = zeros(*ids.shape, c.vocab_size)
         ops.gemm(logits, act.ln_f, self.head, rows, c.vocab_size, c.n_embd, trans_b=True, bf16=self._bf16)
         return logits
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from feste import ops
 from feste.config import TrainConfig
+from feste.memory import zeros
 
 if TYPE_CHECKING:
     from feste.model import GPT2
@@ -46,8 +45,8 @@ class AdamW:
         self.betas = tuple(betas)
         self.eps = eps
         self.weight_decay = weight_decay
-        self.m = np.zeros(model.table.size, np.float32)
-        self.v = np.zeros(model.table.size, np.float32)
+        self.m = zeros(model.table.size)
+        self.v = zeros(model.table.size)
         self.t = 0
 
     def step(self, learning_rate: float, clip_norm: float | None = None, zero_grad: bool = False) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from feste import ops
+from feste.memory import zeros
 from tools.bench.clock import measured_peak, seconds_per_call
 from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
@@ -39,7 +40,9 @@ def measure(contender: str, seconds: float = 0.15, sizes: tuple[str, ...] = SIZE
 
 
 def _normal(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape, dtype=np.float32)
+    array = zeros(*shape)
+    RNG.standard_normal(dtype=np.float32, out=array)
+    return array
 
 
 def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
@@ -55,7 +58,7 @@ class _Feste:
     def gemm(self, M, N, K, trans_a, trans_b):
         a = _normal(*((K, M) if trans_a else (M, K)))
         b = _normal(*((N, K) if trans_b else (K, N)))
-        c = np.empty((M, N), np.float32)
+        c = zeros(M, N)
 
         def call():
             ops.gemm(c, a, b, M, N, K, trans_a, trans_b, False, self.bf16)
@@ -67,7 +70,7 @@ class _Feste:
         if self.bf16:
             return None  # attention is computed in fp32 in either precision
         qkv, dout = _normal(B, T, 3 * H * D), _normal(B, T, H * D)
-        out, lse, dqkv = np.empty_like(dout), np.empty((B, H, T), np.float32), np.empty_like(qkv)
+        out, lse, dqkv = zeros(B, T, H * D), zeros(B, H, T), zeros(B, T, 3 * H * D)
 
         def call():
             ops.attention_forward(out, lse, qkv, B, T, H, D)
@@ -78,16 +81,16 @@ class _Feste:
         if self.bf16:
             return
         n, rows, C = 4_194_304, 4096, 768
-        x, y, dx, upstream = _normal(n), np.empty(n, np.float32), np.empty(n, np.float32), _normal(n)
+        x, y, dx, upstream = _normal(n), zeros(n), zeros(n), _normal(n)
         yield "gelu forward", lambda: ops.gelu_forward(y, x, n), n
         yield "gelu backward", lambda: ops.gelu_backward(dx, y, upstream, x, n), n
-        h, mean, rstd, w = _normal(rows, C), np.empty(rows, np.float32), np.empty(rows, np.float32), _normal(C)
-        out, dw, db = np.empty_like(h), np.zeros(C, np.float32), np.zeros(C, np.float32)
+        h, mean, rstd, w = _normal(rows, C), zeros(rows), zeros(rows), _normal(C)
+        out, dw, db = zeros(rows, C), zeros(C), zeros(C)
         yield "layernorm forward", lambda: ops.layernorm_forward(out, mean, rstd, h, w, w, rows, C), h.size
         dout = _normal(rows, C)
         yield ("layernorm backward", lambda: ops.layernorm_backward(out, dw, db, dout, h, w, mean, rstd, None, rows, C),
                h.size)
-        m, v = np.zeros(n, np.float32), np.zeros(n, np.float32)
+        m, v = zeros(n), zeros(n)
         yield ("AdamW with clipping and zeroing",
                lambda: ops.adamw_update(y, m, v, dx, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, 10, True, n), n)
 
@@ -101,7 +104,7 @@ class _NumPy:
     def gemm(self, M, N, K, trans_a, trans_b):
         a = _normal(*((K, M) if trans_a else (M, K)))
         b = _normal(*((N, K) if trans_b else (K, N)))
-        a, b, c = a.T if trans_a else a, b.T if trans_b else b, np.empty((M, N), np.float32)
+        a, b, c = a.T if trans_a else a, b.T if trans_b else b, zeros(M, N)
         return lambda: np.matmul(a, b, out=c)
 
     def attention(self, B, T, H, D):
@@ -109,7 +112,7 @@ class _NumPy:
 
     def elementwise(self):
         n = 4_194_304
-        x, y = _normal(n), np.empty(n, np.float32)
+        x, y = _normal(n), zeros(n)
         yield "gelu forward", lambda: np.multiply(0.5 * x, 1 + np.tanh(0.79788456 * (x + 0.044715 * x**3)), out=y), n
 
 
