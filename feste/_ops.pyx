@@ -184,8 +184,12 @@ cdef inline void put_pairs(int32_t* out, vi pairs, Py_ssize_t n) noexcept nogil:
 # transpose is a swap of strides. The loops are those of Goto and van de Geijn (2008) in the names of BLIS:
 #
 #   jc over N by NC, pc over K by KC    a block of b is packed into panels of NR columns, by all threads
-#     ic over M by mc                   a task; packs its block of a unless rows of a serve as they lie
+#     ic over M by mc                   a task; packs its block of a into strips of MR rows unless rows of a
+#                                       serve as they lie
 #       jr over panels, ir over strips  the register tile, MR x NR, in micro_kernel
+#
+# What a task packs for itself is still in its L2 when it multiplies; what all pack for all has been to L3. So where
+# both are packed (the weight's gradient) and b is the larger, the roles change: gemm_by_columns.
 #
 # Each element of c is summed over k in ascending order whatever the cut in M and N; only KC decides the bits,
 # and it is fixed. In bf16 two neighbours in k share a 32-bit lane ("pairs"), so panels and strips keep their
@@ -193,12 +197,14 @@ cdef inline void put_pairs(int32_t* out, vi pairs, Py_ssize_t n) noexcept nogil:
 
 cdef enum:
     KC = 512   # x NR floats: a b panel streams from L2 while c tiles are touched half as often as with 256
-    MC = 96    # x KC floats of a: 192 KB of L2
-    NC = 3072  # x KC floats of packed b: 6 MB of L3
-    SIDE = 2   # x MR floats of a, side by side: whole cache lines
+    MC = 3072  # x KC floats of a, or
+    NC = 3072  # x KC floats of b, packed by all threads for all: 6 MB of L3
+    MOST = 16  # strips, or
+    GROUP = 4  # panels, packed side by side, by one thread for itself: x KC floats, up to half of L2
+    LEAST = 4  # strips or panels of a task; fewer would be read too narrow, and pass over too much of the other side
+    TASKS = 8  # tasks for each thread: fine enough that a thread that was held up costs the others little
+    PAD = 16   # floats between strips and between panels, so that neighbours do not share a set of L1
     AHEAD = 8  # rows that are on their way while one is packed: as many as a set of L1 has ways
-    GROUP = 4  # panels packed side by side, so that they share pages of b
-    TASKS = 8  # blocks of c for each thread: fine enough that a thread that was held up costs the others little
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -324,116 +330,139 @@ cdef void macro_kernel(float* c, Py_ssize_t ldc, const float* a, Py_ssize_t ps_a
                            bias + j if bias != NULL else NULL, min(m - i, MR), min(n - j, NR))
 
 
-cdef void pack_panel(float* panel, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t kc,
-                     Py_ssize_t n) noexcept nogil:
-    """panel [kc][NR] = b (kc, n), n <= NR, zero beyond n. Where rows of b are contiguous, sums (NR) = their sum."""
-    cdef Py_ssize_t jb, kb, i, j, k, whole_k = kc // VL * VL
-    cdef vf x0, x1, sum0 = vset(0), sum1 = vset(0)
+cdef void pack_panels(float* panels, Py_ssize_t ps, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b,
+                      Py_ssize_t kc, Py_ssize_t n) noexcept nogil:
+    """panels [ceil(n / NR)][kc][NR], ps apart, = b (kc, n), zero beyond n.
+
+    Where rows of b are contiguous, each is read in one go, and the sums of the columns are added to sums unless it is
+    NULL; it has room for whole panels.
+    """
+    cdef Py_ssize_t p, i, j, jb, k, kb, whole_k = kc // VL * VL
+    cdef float* panel
+    cdef const float* x
+    cdef vf x0, x1
     if cs_b == 1:
         for k in range(kc):
-            prefetch_read(b + (k + AHEAD) * rs_b, NR)
-            x0 = part(b + k * rs_b, n)
-            x1 = part(b + k * rs_b + VL, n - VL)
-            vstore(panel + k * NR, x0)
-            vstore(panel + k * NR + VL, x1)
-            sum0 = sum0 + x0
-            sum1 = sum1 + x1
-        vstore(sums, sum0)
-        vstore(sums + VL, sum1)
-    elif n == NR:
-        for jb in range(NV):
-            j = jb * VL
-            for kb in range(ceil_div(whole_k, VL)):
-                k = kb * VL
-                for i in range(VL):
-                    prefetch_read(b + k + (j + i + NR) * cs_b, VL)
-                transpose_tile(<int32_t*>(panel + k * NR + j), NR, <const int32_t*>(b + k + j * cs_b), cs_b)
-        for k in range(whole_k, kc):
-            for j in range(NR):
-                panel[k * NR + j] = b[k + j * cs_b]
-    else:
-        memset(panel, 0, kc * NR * sizeof(float))
-        for k in range(kc):
-            for j in range(n):
-                panel[k * NR + j] = b[k + j * cs_b]
+            x = b + k * rs_b
+            prefetch_read(x + AHEAD * rs_b, n)
+            for p in range(ceil_div(n, NR)):
+                j = p * NR
+                x0 = part(x + j, n - j)
+                x1 = part(x + j + VL, n - j - VL)
+                vstore(panels + p * ps + k * NR, x0)
+                vstore(panels + p * ps + k * NR + VL, x1)
+                if sums != NULL:
+                    vstore(sums + j, vload(sums + j) + x0)
+                    vstore(sums + j + VL, vload(sums + j + VL) + x1)
+        return
+    for p in range(ceil_div(n, NR)):
+        panel = panels + p * ps
+        x = b + p * NR * cs_b
+        if (p + 1) * NR <= n:
+            for jb in range(NV):
+                j = jb * VL
+                for kb in range(kc // VL):
+                    k = kb * VL
+                    for i in range(VL):
+                        prefetch_read(x + k + (j + i + NR) * cs_b, VL)
+                    transpose_tile(<int32_t*>(panel + k * NR + j), NR, <const int32_t*>(x + k + j * cs_b), cs_b)
+            for k in range(whole_k, kc):
+                for j in range(NR):
+                    panel[k * NR + j] = x[k + j * cs_b]
+        else:
+            memset(panel, 0, kc * NR * sizeof(float))
+            for k in range(kc):
+                for j in range(n - p * NR):
+                    panel[k * NR + j] = x[k + j * cs_b]
 
 
-cdef void pack_panel_bf16(int32_t* panel, float* sums, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b,
-                          Py_ssize_t kc, Py_ssize_t n) noexcept nogil:
-    """panel [ceil(kc / 2)][NR] = pairs of b (kc, n), zero beyond kc and n; sums of b before it is rounded."""
+cdef void pack_panels_bf16(int32_t* panels, Py_ssize_t ps, float* sums, const float* b, Py_ssize_t rs_b,
+                           Py_ssize_t cs_b, Py_ssize_t kc, Py_ssize_t n) noexcept nogil:
+    """panels [ceil(n / NR)][ceil(kc / 2)][NR], ps apart, = pairs of b (kc, n), zero beyond kc and n; sums of b before
+    it is rounded."""
     cdef int32_t rows[VL * VL]
     cdef int32_t columns[VL * VL]
     cdef const float* x
-    cdef vf even, odd, total
+    cdef int32_t* panel
+    cdef vf even, odd
     cdef Py_ssize_t jb, kb, i, j, k, pairs = ceil_div(kc, 2)
-    for jb in range(NV):
+    if cs_b == 1:
+        for k in range(pairs):
+            x = b + 2 * k * rs_b
+            prefetch_read(x + 2 * AHEAD * rs_b, n)
+            prefetch_read(x + (2 * AHEAD + 1) * rs_b, n)
+            for jb in range(ceil_div(n, NR) * NV):
+                j = jb * VL
+                even = part(x + j, n - j)
+                odd = part(x + rs_b + j, n - j) if 2 * k + 1 < kc else vset(0)
+                vistore(panels + jb // NV * ps + k * NR + jb % NV * VL, bf16_pairs(even, odd))
+                if sums != NULL:
+                    vstore(sums + j, vload(sums + j) + (even + odd))
+        return
+    for jb in range(ceil_div(n, NR) * NV):
         j = jb * VL
-        if cs_b == 1:
-            total = vset(0)
-            for k in range(pairs):
-                x = b + 2 * k * rs_b + j
-                prefetch_read(x + 2 * AHEAD * rs_b, VL)
-                prefetch_read(x + (2 * AHEAD + 1) * rs_b, VL)
-                even = part(x, n - j)
-                odd = part(x + rs_b, n - j) if 2 * k + 1 < kc else vset(0)
-                vistore(panel + k * NR + j, bf16_pairs(even, odd))
-                total = total + (even + odd)
-            vstore(sums + j, total)
-        else:
-            for kb in range(ceil_div(pairs, VL)):
-                k = kb * VL
-                for i in range(VL):
-                    x = b + 2 * k + (j + i) * cs_b
-                    if j + i < n:
-                        vistore(rows + i * VL, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)))
-                    else:
-                        vistore(rows + i * VL, viset(0))
-                transpose_tile(columns, VL, rows, VL)
-                for i in range(min(VL, pairs - k)):
-                    vistore(panel + (k + i) * NR + j, viload(columns + i * VL))
+        panel = panels + jb // NV * ps + jb % NV * VL
+        for kb in range(ceil_div(pairs, VL)):
+            k = kb * VL
+            for i in range(VL):
+                x = b + 2 * k + (j + i) * cs_b
+                if j + i < n:
+                    vistore(rows + i * VL, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)))
+                else:
+                    vistore(rows + i * VL, viset(0))
+            transpose_tile(columns, VL, rows, VL)
+            for i in range(min(VL, pairs - k)):
+                vistore(panel + (k + i) * NR, viload(columns + i * VL))
 
 
-cdef void pack_strips(float* strips, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a, Py_ssize_t m,
+cdef void pack_strips(float* strips, Py_ssize_t ps, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a, Py_ssize_t m,
                       Py_ssize_t kc) noexcept nogil:
-    """strips [m / MR][kc][MR] = a (m, kc), the last strip filled with zeros: row stride 1, column stride MR."""
-    cdef Py_ssize_t ib, i, j, k, whole = 0
-    if rs_a == 1:  # SIDE strips at a time, so that each cache line of a is read once
-        whole = m // (SIDE * MR) * SIDE
-        for ib in range(whole // SIDE):
-            for k in range(kc):
-                prefetch_read(a + ib * SIDE * MR + (k + AHEAD) * cs_a, SIDE * MR)
-                for j in range(SIDE):
-                    memcpy(strips + ((ib * SIDE + j) * kc + k) * MR, a + (ib * SIDE + j) * MR + k * cs_a,
-                           MR * sizeof(float))
-    for ib in range(whole, ceil_div(m, MR)):
-        i = ib * MR
+    """strips [ceil(m / MR)][kc][MR], ps apart, = a (m, kc), zero beyond m: row stride 1, column stride MR."""
+    cdef Py_ssize_t s, i, j, k, whole = m // MR if rs_a == 1 else 0
+    cdef const float* x
+    for k in range(kc if whole > 0 else 0):  # all strips side by side, so that each row of a^T is read in one go
+        x = a + k * cs_a
+        prefetch_read(x + AHEAD * cs_a, whole * MR)
+        for s in range(whole):
+            memcpy(strips + s * ps + k * MR, x + s * MR, MR * sizeof(float))
+    for s in range(whole, ceil_div(m, MR)):
+        i = s * MR
+        memset(strips + s * ps, 0, kc * MR * sizeof(float))
         for k in range(kc):
-            for j in range(MR):
-                strips[(ib * kc + k) * MR + j] = a[(i + j) * rs_a + k * cs_a] if i + j < m else 0
+            for j in range(min(MR, m - i)):
+                strips[s * ps + k * MR + j] = a[(i + j) * rs_a + k * cs_a]
 
 
-cdef void pack_rows_bf16(int32_t* block, const float* a, Py_ssize_t rs_a, Py_ssize_t cs_a, Py_ssize_t m,
-                         Py_ssize_t mc, Py_ssize_t kc) noexcept nogil:
-    """Pairs of a (m, kc), zero up to mc rows: [mc][ceil(kc / 2)] if rows of a are contiguous, else
-    [ceil(kc / 2)][mc]."""
-    cdef Py_ssize_t ib, kb, i, k, pairs = ceil_div(kc, 2)
+cdef void pack_strips_bf16(int32_t* strips, Py_ssize_t ps, const float* a, Py_ssize_t cs_a, Py_ssize_t m,
+                           Py_ssize_t kc) noexcept nogil:
+    """strips [ceil(m / MR)][ceil(kc / 2)][MR] = pairs of a (m, kc), columns of a contiguous, zero beyond m and kc."""
+    cdef Py_ssize_t s, k
     cdef const float* x
     cdef vf odd
-    if cs_a == 1:
-        for i in range(m):
-            for kb in range(ceil_div(pairs, VL)):
-                k = kb * VL
-                x = a + i * rs_a + 2 * k
-                put_pairs(block + i * pairs + k, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)),
-                          pairs - k)
-        memset(block + m * pairs, 0, (mc - m) * pairs * sizeof(int32_t))
-    else:
-        for k in range(pairs):
-            for ib in range(ceil_div(mc, VL)):
-                i = ib * VL
-                x = a + i + 2 * k * cs_a
-                odd = part(x + cs_a, m - i) if 2 * k + 1 < kc else vset(0)
-                put_pairs(block + k * mc + i, bf16_pairs(part(x, m - i), odd), mc - i)
+    for k in range(ceil_div(kc, 2)):
+        x = a + 2 * k * cs_a
+        prefetch_read(x + 2 * AHEAD * cs_a, m)
+        prefetch_read(x + (2 * AHEAD + 1) * cs_a, m)
+        for s in range(ceil_div(m, MR)):
+            odd = part(x + cs_a + s * MR, m - s * MR) if 2 * k + 1 < kc else vset(0)
+            put_pairs(strips + s * ps + k * MR, bf16_pairs(part(x + s * MR, m - s * MR), odd), MR)
+
+
+cdef void pack_rows_bf16(int32_t* strips, Py_ssize_t ps, const float* a, Py_ssize_t rs_a, Py_ssize_t m,
+                         Py_ssize_t kc) noexcept nogil:
+    """strips [ceil(m / MR)][MR][ceil(kc / 2)] = pairs of a (m, kc), rows of a contiguous, zero beyond m and kc."""
+    cdef Py_ssize_t kb, i, k, pairs = ceil_div(kc, 2)
+    cdef const float* x
+    cdef int32_t* row
+    for i in range(ceil_div(m, MR) * MR):
+        row = strips + i // MR * ps + i % MR * pairs
+        if i >= m:
+            memset(row, 0, pairs * sizeof(int32_t))
+            continue
+        for kb in range(ceil_div(pairs, VL)):
+            k = kb * VL
+            x = a + i * rs_a + 2 * k
+            put_pairs(row + k, bf16_row(part(x, kc - 2 * k), part(x + VL, kc - 2 * k - VL)), pairs - k)
 
 
 cdef struct Gemm:
@@ -450,106 +479,167 @@ cdef struct Gemm:
     bint bf16
 
 
-cdef void pack_task(const Gemm* g, float* panels, Py_ssize_t panel_size, Py_ssize_t j, Py_ssize_t n, Py_ssize_t pc,
-                    Py_ssize_t kc) noexcept nogil:
-    """Columns j .. j + n of one block of K of b, into panels, and their sums.
+cdef void pack_b(const Gemm* g, float* panels, Py_ssize_t ps, Py_ssize_t j, Py_ssize_t n, Py_ssize_t pc, Py_ssize_t kc,
+                 bint add_up) noexcept nogil:
+    """Columns j .. j + n of b, at most GROUP panels, for one block of K; and their sums if add_up.
 
     ROW_TILE rows at a time, so that the rounding of the sums grows slowly.
     """
     cdef const float* b = g.b + pc * g.rs_b + j * g.cs_b
-    cdef const float* x
-    cdef float sums[NR]
-    cdef Py_ssize_t tile, k, rows, p, width, i
+    cdef float sums[GROUP * NR]
+    cdef float* tile_sums = sums if add_up and g.column_sums != NULL else NULL
+    cdef Py_ssize_t tile, k, i, rows
     for tile in range(ceil_div(kc, ROW_TILE)):
         k = tile * ROW_TILE
         rows = min(ROW_TILE, kc - k)
-        for p in range(ceil_div(n, NR)):
-            x = b + k * g.rs_b + p * NR * g.cs_b
-            width = min(NR, n - p * NR)
-            if g.bf16:
-                pack_panel_bf16(<int32_t*>panels + p * panel_size + k // 2 * NR, sums, x, g.rs_b, g.cs_b, rows, width)
-            else:
-                pack_panel(panels + p * panel_size + k * NR, sums, x, g.rs_b, g.cs_b, rows, width)
-            if g.column_sums != NULL:
-                for i in range(width):
-                    g.column_sums[j + p * NR + i] += sums[i]
+        memset(sums, 0, sizeof(sums))
+        if g.bf16:
+            pack_panels_bf16(<int32_t*>panels + k // 2 * NR, ps, tile_sums, b + k * g.rs_b, g.rs_b, g.cs_b, rows, n)
+        else:
+            pack_panels(panels + k * NR, ps, tile_sums, b + k * g.rs_b, g.rs_b, g.cs_b, rows, n)
+        if tile_sums != NULL:
+            for i in range(n):
+                g.column_sums[j + i] += sums[i]
 
 
-cdef void gemm_task(const Gemm* g, const float* panels, float* block, Py_ssize_t jc, Py_ssize_t nc, Py_ssize_t pc,
-                    Py_ssize_t kc, Py_ssize_t ic, Py_ssize_t m) noexcept nogil:
-    """Rows ic .. ic + m and columns jc .. jc + nc of c, for one block of K."""
-    cdef const float* a = g.a + ic * g.rs_a + pc * g.cs_a
+cdef void pack_a(const Gemm* g, float* strips, Py_ssize_t ps, Py_ssize_t i, Py_ssize_t m, Py_ssize_t pc,
+                 Py_ssize_t kc) noexcept nogil:
+    """Rows i .. i + m of a for one block of K. Of contiguous float32 rows only those that make no whole strip: the
+    others serve as they lie."""
+    cdef const float* a = g.a + i * g.rs_a + pc * g.cs_a
+    cdef Py_ssize_t whole = m // MR if g.cs_a == 1 else 0
+    if g.bf16 and g.cs_a == 1:
+        pack_rows_bf16(<int32_t*>strips, ps, a, g.rs_a, m, kc)
+    elif g.bf16:
+        pack_strips_bf16(<int32_t*>strips, ps, a, g.cs_a, m, kc)
+    elif whole * MR < m:
+        pack_strips(strips + whole * ps, ps, a + whole * MR * g.rs_a, g.rs_a, g.cs_a, m - whole * MR, kc)
+
+
+cdef void multiply(const Gemm* g, const float* strips, Py_ssize_t ps_a, const float* panels, Py_ssize_t ps_b,
+                   Py_ssize_t ic, Py_ssize_t m, Py_ssize_t jc, Py_ssize_t n, Py_ssize_t pc,
+                   Py_ssize_t kc) noexcept nogil:
+    """Rows ic .. ic + m and columns jc .. jc + n of c, for one block of K, from what pack_a and pack_b made of it."""
     cdef float* c = g.c + ic * g.ldc + jc
     cdef const float* start = c
     cdef const float* bias = NULL
-    cdef Py_ssize_t pairs = ceil_div(kc, 2), mc = ceil_div(m, MR) * MR, whole = 0, rs_a, cs_a
+    cdef bint packed_rows = g.bf16 and g.cs_a == 1
+    cdef Py_ssize_t lanes = lanes_of(g, kc), whole = 0
     if pc == 0:
         start = g.start + ic * g.ldc + jc if g.start != NULL else NULL
         bias = g.bias + jc if g.bias != NULL else NULL
-    if g.bf16:
-        pack_rows_bf16(<int32_t*>block, a, g.rs_a, g.cs_a, m, mc, kc)
-        rs_a = pairs if g.cs_a == 1 else 1
-        cs_a = 1 if g.cs_a == 1 else mc
-        macro_kernel(c, g.ldc, block, MR * rs_a, rs_a, cs_a, panels, pairs * NR, start, g.ldc, bias, m, nc, pairs, True)
-        return
-    if g.cs_a == 1:  # whole strips of contiguous rows serve as they lie
+    if g.cs_a == 1 and not g.bf16:
         whole = m // MR * MR
-        macro_kernel(c, g.ldc, a, MR * g.rs_a, g.rs_a, 1, panels, kc * NR, start, g.ldc, bias, whole, nc, kc, False)
+        macro_kernel(c, g.ldc, g.a + ic * g.rs_a + pc, MR * g.rs_a, g.rs_a, 1, panels, ps_b, start, g.ldc, bias, whole,
+                     n, lanes, False)
     if whole < m:
-        pack_strips(block, a + whole * g.rs_a, g.rs_a, g.cs_a, m - whole, kc)
-        macro_kernel(c + whole * g.ldc, g.ldc, block, MR * kc, 1, MR, panels, kc * NR,
-                     start + whole * g.ldc if start != NULL else NULL, g.ldc, bias, m - whole, nc, kc, False)
+        macro_kernel(c + whole * g.ldc, g.ldc, strips + whole // MR * ps_a, ps_a, lanes if packed_rows else 1,
+                     1 if packed_rows else MR, panels, ps_b, start + whole * g.ldc if start != NULL else NULL, g.ldc,
+                     bias, m - whole, n, lanes, g.bf16)
 
 
 cdef int run_gemm(const Gemm* g) except -1:
     if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
-    cdef Py_ssize_t depth = 2 * KC if g.bf16 else KC
-    cdef Py_ssize_t max_kc = min(g.K, depth), max_nc = min(ceil_div(g.N, NR) * NR, NC)
-    cdef Py_ssize_t strips = ceil_div(g.M, MR)
-    cdef Py_ssize_t row_blocks = count_blocks(strips, SIDE if g.rs_a == 1 else 1)
+    if g.cs_a == 1 or g.M >= g.N:
+        return gemm_by_rows(g)
+    return gemm_by_columns(g)
+
+
+cdef int gemm_by_rows(const Gemm* g) except -1:
+    """b is packed by all threads; a task takes some rows of a, which it packs for itself where they need it."""
+    cdef Py_ssize_t depth = depth_of(g), max_lanes = lanes_of(g, min(g.K, depth))
+    cdef Py_ssize_t panels_size = min(ceil_div(g.N, NR), NC // NR) * (NR * max_lanes + PAD)
+    cdef Py_ssize_t strips_size = MOST * (MR * max_lanes + PAD)
+    cdef float* panels = <float*>scratch((panels_size + n_threads * strips_size) * sizeof(float))
+    cdef float* strips = panels + panels_size
+    cdef Py_ssize_t total_strips = ceil_div(g.M, MR), row_blocks = count_blocks(total_strips, MOST)
     cdef Py_ssize_t column_blocks = 1 if row_blocks >= 2 * n_threads else ceil_div(TASKS * n_threads, row_blocks)
-    cdef Py_ssize_t block_size = MC * depth
-    cdef float* panels = <float*>scratch((max_kc * max_nc + n_threads * block_size) * sizeof(float))
-    cdef float* blocks = panels + max_kc * max_nc
-    cdef Py_ssize_t jb = 0, jc = 0, nc = 0, pb = 0, pc = 0, kc = 0, n_panels = 0, panel_size = 0, group = 0
-    cdef Py_ssize_t p, task, i, j, m, n
+    cdef Py_ssize_t jb = 0, jc = 0, nc = 0, pb = 0, pc = 0, kc = 0, n_panels = 0, groups = 0, ps_a = 0, ps_b = 0
+    cdef Py_ssize_t task, i, j, m, n
+    cdef float* block
     with nogil, parallel(num_threads=n_threads):
         for jb in range(ceil_div(g.N, NC)):
             jc = jb * NC
             nc = min(g.N - jc, NC)
             n_panels = ceil_div(nc, NR)
-            group = max(1, min(GROUP, n_panels // n_threads))
+            groups = count_blocks(n_panels, GROUP)
             for pb in range(ceil_div(g.K, depth)):
                 pc = pb * depth
                 kc = min(g.K - pc, depth)
-                panel_size = (ceil_div(kc, 2) if g.bf16 else kc) * NR
-                for p in prange(ceil_div(n_panels, group), schedule='static'):
-                    pack_task(g, panels + p * group * panel_size, panel_size, jc + p * group * NR,
-                              min(group * NR, nc - p * group * NR), pc, kc)
+                ps_a, ps_b = MR * lanes_of(g, kc) + PAD, NR * lanes_of(g, kc) + PAD
+                for task in prange(groups, schedule='static'):
+                    j = share(n_panels, task, groups)
+                    n = min(nc, share(n_panels, task + 1, groups) * NR) - j * NR
+                    pack_b(g, panels + j * ps_b, ps_b, jc + j * NR, n, pc, kc, True)
                 for task in prange(row_blocks * column_blocks, schedule='dynamic'):
-                    i = share(strips, task // column_blocks, row_blocks) * MR
-                    m = min(g.M, share(strips, task // column_blocks + 1, row_blocks) * MR) - i
-                    j = share(n_panels, task % column_blocks, column_blocks) * NR
-                    n = min(nc, share(n_panels, task % column_blocks + 1, column_blocks) * NR) - j
+                    block = strips + threadid() * strips_size
+                    i = share(total_strips, task // column_blocks, row_blocks) * MR
+                    m = min(g.M, share(total_strips, task // column_blocks + 1, row_blocks) * MR) - i
+                    j = share(n_panels, task % column_blocks, column_blocks)
+                    n = min(nc, share(n_panels, task % column_blocks + 1, column_blocks) * NR) - j * NR
                     if n > 0:
-                        gemm_task(g, panels + j // NR * panel_size, blocks + threadid() * block_size, jc + j, n,
-                                  pc, kc, i, m)
+                        pack_a(g, block, ps_a, i, m, pc, kc)
+                        multiply(g, block, ps_a, panels + j * ps_b, ps_b, i, m, jc + j * NR, n, pc, kc)
     return 0
+
+
+cdef int gemm_by_columns(const Gemm* g) except -1:
+    """The same with the roles changed, for an a that is to be packed and smaller than b: what the tasks pack for
+    themselves is still in their L2 when they multiply."""
+    cdef Py_ssize_t depth = depth_of(g), max_lanes = lanes_of(g, min(g.K, depth))
+    cdef Py_ssize_t strips_size = min(ceil_div(g.M, MR), MC // MR) * (MR * max_lanes + PAD)
+    cdef Py_ssize_t panels_size = GROUP * (NR * max_lanes + PAD)
+    cdef float* strips = <float*>scratch((strips_size + n_threads * panels_size) * sizeof(float))
+    cdef float* panels = strips + strips_size
+    cdef Py_ssize_t total_panels = ceil_div(g.N, NR), column_blocks = count_blocks(total_panels, GROUP)
+    cdef Py_ssize_t ib = 0, ic = 0, mc = 0, pb = 0, pc = 0, kc = 0, n_strips = 0, groups = 0, ps_a = 0, ps_b = 0
+    cdef Py_ssize_t task, i, j, m, n
+    cdef float* block
+    with nogil, parallel(num_threads=n_threads):
+        for ib in range(ceil_div(g.M, MC)):
+            ic = ib * MC
+            mc = min(g.M - ic, MC)
+            n_strips = ceil_div(mc, MR)
+            groups = count_blocks(n_strips, MOST)
+            for pb in range(ceil_div(g.K, depth)):
+                pc = pb * depth
+                kc = min(g.K - pc, depth)
+                ps_a, ps_b = MR * lanes_of(g, kc) + PAD, NR * lanes_of(g, kc) + PAD
+                for task in prange(groups, schedule='static'):
+                    i = share(n_strips, task, groups)
+                    m = min(mc, share(n_strips, task + 1, groups) * MR) - i * MR
+                    pack_a(g, strips + i * ps_a, ps_a, ic + i * MR, m, pc, kc)
+                for task in prange(column_blocks, schedule='dynamic'):
+                    block = panels + threadid() * panels_size
+                    j = share(total_panels, task, column_blocks) * NR
+                    n = min(g.N, share(total_panels, task + 1, column_blocks) * NR) - j
+                    pack_b(g, block, ps_b, j, n, pc, kc, ib == 0)
+                    multiply(g, strips, ps_a, block, ps_b, ic, mc, j, n, pc, kc)
+    return 0
+
+
+cdef inline Py_ssize_t depth_of(const Gemm* g) noexcept nogil:
+    """Rows of b in a block of K."""
+    return 2 * KC if g.bf16 else KC
+
+
+cdef inline Py_ssize_t lanes_of(const Gemm* g, Py_ssize_t kc) noexcept nogil:
+    """32-bit lanes that hold kc neighbours in k."""
+    return ceil_div(kc, 2) if g.bf16 else kc
+
+
+cdef Py_ssize_t count_blocks(Py_ssize_t total, Py_ssize_t most) noexcept nogil:
+    """Blocks of at most `most`, as many for every thread, and a few for each where there is enough to divide."""
+    cdef Py_ssize_t wanted = max(ceil_div(total, most), min(TASKS * n_threads, ceil_div(total, LEAST)))
+    if total < n_threads:
+        return total
+    return min(total, ceil_div(wanted, n_threads) * n_threads)
 
 
 cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t parts) noexcept nogil:
     """Where part i begins if total is divided evenly into parts."""
     return i * total // parts
-
-
-cdef Py_ssize_t count_blocks(Py_ssize_t strips, Py_ssize_t least) noexcept nogil:
-    """Blocks of rows: at most MC rows each, at least `least` strips, and as many for every thread."""
-    cdef Py_ssize_t wanted = max(ceil_div(strips, MC // MR), TASKS * n_threads)
-    cdef Py_ssize_t most = max(1, strips // least)
-    if most < n_threads:
-        return most
-    return min(ceil_div(wanted, n_threads), most // n_threads) * n_threads
 
 
 def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
@@ -693,10 +783,9 @@ def pack_weight(cnp.ndarray packed, cnp.ndarray weight, Py_ssize_t K, Py_ssize_t
     cdef int32_t* out = <int32_t*>_array(packed, cnp.NPY_INT32, "int32", 1, panel * n_panels, "packed", True)
     cdef const float* w = input(weight, N, K, "weight") if transposed else input(weight, K, N, "weight")
     cdef Py_ssize_t rs = 1 if transposed else N, cs = K if transposed else 1
-    cdef float* sums = <float*>scratch(n_threads * NR * sizeof(float))
     separate((packed, weight), 1, "packed weight")
     for p in prange(n_panels, nogil=True, schedule='static', num_threads=n_threads):
-        pack_panel_bf16(out + p * panel, sums + threadid() * NR, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
+        pack_panels_bf16(out + p * panel, panel, NULL, w + p * NR * cs, rs, cs, K, min(NR, N - p * NR))
 
 
 cdef void packed_row(float* out, const int32_t* x, const int32_t* panel, const float* bias, const float* residual,
@@ -745,7 +834,7 @@ def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarr
     cdef float* strips = <float*>scratch(padded * pairs * sizeof(float))
     separate((out, x, packed, bias, residual), 1, "out x packed bias residual")
     with nogil:
-        pack_rows_bf16(<int32_t*>strips, px, K, 1, rows, padded, K)
+        pack_rows_bf16(<int32_t*>strips, MR * pairs, px, K, rows, K)
         for p in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > 4 * SERIAL):
             j = p * NR
             bias_j = b + j if b != NULL else NULL
@@ -1033,14 +1122,6 @@ cdef int describe_heads(Heads* h, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_s
     return 0
 
 
-cdef void pack_panels(float* panels, const float* b, Py_ssize_t rs_b, Py_ssize_t cs_b, Py_ssize_t k,
-                      Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t p
-    cdef float sums[NR]
-    for p in range(ceil_div(n, NR)):
-        pack_panel(panels + p * k * NR, sums, b + p * NR * cs_b, rs_b, cs_b, k, min(NR, n - p * NR))
-
-
 cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, Py_ssize_t m, Py_ssize_t rows,
                     Py_ssize_t D) noexcept nogil:
     """out (rows, D) = scale * x (m, D), rows of x stride apart, zero beyond m."""
@@ -1140,8 +1221,8 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
     cdef float* scores = q_block + h.queries * h.D
     cdef float inverse[QUERY_STRIPS * MR]
     cdef Py_ssize_t block, first, i, m, n
-    pack_panels(k_panels, q + C, 1, h.stride, h.D, h.T)
-    pack_panels(v_panels, q + 2 * C, h.stride, 1, h.T, h.D)
+    pack_panels(k_panels, h.D * NR, NULL, q + C, 1, h.stride, h.D, h.T)
+    pack_panels(v_panels, h.T * NR, NULL, q + 2 * C, h.stride, 1, h.T, h.D)
     for block in range(ceil_div(h.T, h.queries)):
         first = block * h.queries
         m = min(h.queries, h.T - first)
@@ -1239,9 +1320,9 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
     cdef float* dweights = weights + h.queries * h.ld
     cdef float* delta = dweights + h.queries * h.ld
     cdef Py_ssize_t block, first, i, m
-    pack_panels(kt_panels, q + C, 1, h.stride, h.D, h.T)
-    pack_panels(vt_panels, q + 2 * C, 1, h.stride, h.D, h.T)
-    pack_panels(k_panels, q + C, h.stride, 1, h.T, h.D)
+    pack_panels(kt_panels, h.D * NR, NULL, q + C, 1, h.stride, h.D, h.T)
+    pack_panels(vt_panels, h.D * NR, NULL, q + 2 * C, 1, h.stride, h.D, h.T)
+    pack_panels(k_panels, h.T * NR, NULL, q + C, h.stride, 1, h.T, h.D)
     for block in range(ceil_div(h.T, h.queries)):
         first = block * h.queries
         m = min(h.queries, h.T - first)
@@ -1253,17 +1334,13 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
         score_block(weights, q_block, kt_panels, h, first, m)
         score_block(dweights, do_block, vt_panels, h, first, m)
         score_gradients(weights, dweights, delta, lse + head * h.T + first, h, head, first, m)
-        pack_panels_of_block(q_panels, q_block, h)
-        pack_panels_of_block(do_panels, do_block, h)
+        pack_panels(q_panels, h.queries * NR, NULL, q_block, h.D, 1, h.queries, h.D)
+        pack_panels(do_panels, h.queries * NR, NULL, do_block, h.D, 1, h.queries, h.D)
         key_gradients(dv, weights, do_panels, h, first, m)    # out = weights @ v    ->  dv = weights^T @ dout
         key_gradients(dk, dweights, q_panels, h, first, m)    # scores = q @ k^T     ->  dk = dscores^T @ q
         weighted_rows(dq + first * h.stride, h.stride, dweights, k_panels, h, first, m)  #   dq = dscores @ k
         for i in range(first, first + m):
             scale_row(dq + i * h.stride, h.scale, h.D)
-
-
-cdef void pack_panels_of_block(float* panels, const float* x, const Heads* h) noexcept nogil:
-    pack_panels(panels, x, h.D, 1, h.queries, h.D)
 
 
 def attention_backward(cnp.ndarray dqkv, cnp.ndarray dout, cnp.ndarray qkv, cnp.ndarray out, cnp.ndarray lse,
