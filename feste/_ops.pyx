@@ -436,7 +436,7 @@ cdef void pack_strips(float* strips, Py_ssize_t ps, const float* a, Py_ssize_t r
 cdef void pack_strips_bf16(int32_t* strips, Py_ssize_t ps, const float* a, Py_ssize_t cs_a, Py_ssize_t m,
                            Py_ssize_t kc) noexcept nogil:
     """strips [ceil(m / MR)][ceil(kc / 2)][MR] = pairs of a (m, kc), columns of a contiguous, zero beyond m and kc."""
-    cdef Py_ssize_t s, k
+    cdef Py_ssize_t s, i, j, jb, k
     cdef const float* x
     cdef vf odd
     for k in range(ceil_div(kc, 2)):
@@ -444,8 +444,11 @@ cdef void pack_strips_bf16(int32_t* strips, Py_ssize_t ps, const float* a, Py_ss
         prefetch_read(x + 2 * AHEAD * cs_a, m)
         prefetch_read(x + (2 * AHEAD + 1) * cs_a, m)
         for s in range(ceil_div(m, MR)):
-            odd = part(x + cs_a + s * MR, m - s * MR) if 2 * k + 1 < kc else vset(0)
-            put_pairs(strips + s * ps + k * MR, bf16_pairs(part(x + s * MR, m - s * MR), odd), MR)
+            for jb in range(ceil_div(MR, VL)):  # once, but for SSE2 and NEON
+                j = jb * VL
+                i = s * MR + j
+                odd = part(x + cs_a + i, m - i) if 2 * k + 1 < kc else vset(0)
+                put_pairs(strips + s * ps + k * MR + j, bf16_pairs(part(x + i, m - i), odd), MR - j)
 
 
 cdef void pack_rows_bf16(int32_t* strips, Py_ssize_t ps, const float* a, Py_ssize_t rs_a, Py_ssize_t m,
@@ -1125,11 +1128,12 @@ cdef int describe_heads(Heads* h, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_s
 cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, Py_ssize_t m, Py_ssize_t rows,
                     Py_ssize_t D) noexcept nogil:
     """out (rows, D) = scale * x (m, D), rows of x stride apart, zero beyond m."""
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, jb
     for i in range(m):
         prefetch_read(x + (i + AHEAD) * stride, D)
-        for j in range(D):
-            out[i * D + j] = scale * x[i * stride + j]
+        for jb in range(ceil_div(D, VL)):
+            j = jb * VL
+            put(out + i * D + j, vset(scale) * part(x + i * stride + j, D - j), D - j)
     memset(out + m * D, 0, (rows - m) * D * sizeof(float))
 
 
@@ -1167,21 +1171,19 @@ cdef float exp_row(float* scores, Py_ssize_t n, Py_ssize_t limit, float* inverse
     Whole vectors are read and written, so the row has room for them. Returns log(sum(exp(scores))). The caller
     divides: a row of out is shorter than a row of scores.
     """
-    cdef Py_ssize_t j, jb, blocks = ceil_div(n, VL)
-    cdef vf peak = vset(-INFINITY), total = vset(0), e
+    cdef Py_ssize_t jb, last = ceil_div(n, VL) - 1, rest = n - last * VL
+    cdef vf peak = vcut(vload(scores + last * VL), rest, -INFINITY), total, e
     cdef float top, sum_exp
-    for jb in range(blocks):
-        j = jb * VL
-        peak = vmax(peak, vload(scores + j) if j + VL <= n else vcut(vload(scores + j), n - j, -INFINITY))
+    for jb in range(last):
+        peak = vmax(peak, vload(scores + jb * VL))
     top = vpeak(peak)
-    for jb in range(blocks):
-        j = jb * VL
-        e = vexp(vload(scores + j) - vset(top))
-        if j + VL > n:
-            e = vcut(e, n - j, 0)
-        vstore(scores + j, e)
+    total = vcut(vexp(vload(scores + last * VL) - vset(top)), rest, 0)
+    vstore(scores + last * VL, total)
+    for jb in range(last):
+        e = vexp(vload(scores + jb * VL) - vset(top))
+        vstore(scores + jb * VL, e)
         total = total + e
-    for jb in range(blocks, ceil_div(limit, VL)):
+    for jb in range(last + 1, ceil_div(limit, VL)):
         vstore(scores + jb * VL, vset(0))
     sum_exp = vsum(total)
     inverse[0] = 1 / sum_exp
@@ -1259,24 +1261,28 @@ cdef void score_gradients(float* weights, float* dweights, const float* delta, c
 
     weights = exp(scores - lse) * mask;  dscores = exp(scores - lse) * (mask * dweights - delta)
     """
-    cdef Py_ssize_t i, j, jb, n, limit
+    cdef Py_ssize_t i, j, jb, n, whole
     cdef float* w
     cdef float* dw
     cdef float factor
-    cdef vf e, ds
+    cdef vf e, ds, lse_i, delta_i
     for i in range(ceil_div(m, MR) * MR):
         w = weights + i * h.ld
         dw = dweights + i * h.ld
-        limit = keys_of_strip(h, first + i // MR * MR)
         n = first + i + 1 if i < m else 0
-        for jb in range(ceil_div(limit, VL)):  # rows have room for whole vectors
+        whole = n // VL
+        lse_i = vset(lse[i]) if i < m else vset(0)
+        delta_i = vset(delta[i]) if i < m and h.p == 0 else vset(0)
+        for jb in range(whole):
+            e = vexp(vload(w + jb * VL) - lse_i)
+            vstore(dw + jb * VL, (e if h.p == 0 else vset(1)) * (vload(dw + jb * VL) - delta_i))
+            vstore(w + jb * VL, e)
+        for jb in range(whole, ceil_div(keys_of_strip(h, first + i // MR * MR), VL)):  # room for whole vectors
             j = jb * VL
-            e = ds = vset(0)
-            if j < n:
-                e = vexp(vload(w + j) - vset(lse[i]))
-                ds = e * (vload(dw + j) - vset(delta[i])) if h.p == 0 else vload(dw + j)
-            vstore(w + j, e if j + VL <= n else vcut(e, n - j, 0))
-            vstore(dw + j, ds if j + VL <= n else vcut(ds, n - j, 0))
+            e = vcut(vexp(vload(w + j) - lse_i), n - j, 0)
+            ds = (e if h.p == 0 else vset(1)) * (vload(dw + j) - delta_i)
+            vstore(w + j, e)
+            vstore(dw + j, vcut(ds, n - j, 0))
         if h.p > 0:
             for j in range(n):
                 factor = dropout_factor(h.key, (<uint64_t>head * h.T + first + i) * h.T + j, h.threshold, h.kept)

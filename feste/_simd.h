@@ -1,8 +1,8 @@
 /* The vector type behind the kernels, and the few things Cython cannot say about it.
  *
  * GCC's vector extension gives one source for SSE2, AVX2, AVX-512 and NEON: `a * b + c` on a vf is one fused
- * multiply-add where the instruction set has it. Intrinsics appear only for the bfloat16 instructions; beside
- * each stands its portable equal, to the bit.
+ * multiply-add where the instruction set has it. Intrinsics appear only for the bfloat16 instructions and for
+ * minimum and maximum; beside each stands its portable equal, to the bit.
  */
 #ifndef FESTE_SIMD_H
 #define FESTE_SIMD_H
@@ -16,7 +16,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512BF16__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -78,9 +78,20 @@ static inline vf vcut(vf x, ptrdiff_t n, float fill) {
     for (int i = 0; i < VL; i++) lane[i] = i;
     return vselect(lane < (int32_t)n, x, vset(fill));
 }
-/* If b is NaN the result is b: pass the bound first to let NaN through. */
+/* If b is NaN the result is b: pass the bound first to let NaN through. gcc does not find the one instruction. */
+#if defined(__AVX512F__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+#else
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
+#endif
 
 static inline vf vsqrt(vf x) {
     for (int i = 0; i < VL; i++) x[i] = sqrtf(x[i]);
