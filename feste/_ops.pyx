@@ -189,7 +189,7 @@ cdef inline void put_pairs(int32_t* out, vi pairs, Py_ssize_t n) noexcept nogil:
 #       jr over panels, ir over strips  the register tile, MR x NR, in micro_kernel
 #
 # What a task packs for itself is still in its L2 when it multiplies; what all pack for all has been to L3. So where
-# both are packed (the weight's gradient) and b is the larger, the roles change: gemm_by_columns.
+# b has more columns than a has rows, the roles change: gemm_by_columns.
 #
 # Each element of c is summed over k in ascending order whatever the cut in M and N; only KC decides the bits,
 # and it is fixed. In bf16 two neighbours in k share a 32-bit lane ("pairs"), so panels and strips keep their
@@ -544,7 +544,7 @@ cdef void multiply(const Gemm* g, const float* strips, Py_ssize_t ps_a, const fl
 cdef int run_gemm(const Gemm* g) except -1:
     if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
-    if g.cs_a == 1 or g.M >= g.N:
+    if g.M >= g.N:
         return gemm_by_rows(g)
     return gemm_by_columns(g)
 
@@ -588,8 +588,7 @@ cdef int gemm_by_rows(const Gemm* g) except -1:
 
 
 cdef int gemm_by_columns(const Gemm* g) except -1:
-    """The same with the roles changed, for an a that is to be packed and smaller than b: what the tasks pack for
-    themselves is still in their L2 when they multiply."""
+    """The same with the roles changed: what of a needs packing is packed by all threads, a task packs some columns of b."""
     cdef Py_ssize_t depth = depth_of(g), max_lanes = lanes_of(g, min(g.K, depth))
     cdef Py_ssize_t strips_size = min(ceil_div(g.M, MR), MC // MR) * (MR * max_lanes + PAD)
     cdef Py_ssize_t panels_size = GROUP * (NR * max_lanes + PAD)

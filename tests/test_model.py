@@ -6,6 +6,7 @@ import pytest
 from feste import GPT2, AdamW, Config, ops
 from feste.config import PRESETS
 from feste.generation import Sampler
+from feste.memory import CACHE_LINE, zeros
 from feste.params import ParameterTable
 
 RNG = np.random.default_rng(11)
@@ -47,6 +48,25 @@ def test_views_cover_the_flat_buffer_once():
     seen = np.concatenate([view.reshape(-1) for view in model.params.values()])
     assert np.array_equal(np.sort(seen), np.arange(model.num_parameters()))
     assert list(model.params) == list(model.grads)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_everything_a_step_touches_begins_at_a_cache_line(name):
+    config = PRESETS[name].model
+    model = GPT2(config, seed=None)
+    optimizer = AdamW(model)
+    ids, targets = batch_of(config, 2)
+    model.forward_backward(ids, targets)
+    [act] = model._activations.values()
+    buffers = [model.flat_params, model.flat_grads, optimizer.m, optimizer.v, *model.params.values(),
+               *(array for part in (act, *act.layers) for array in vars(part).values() if isinstance(array, np.ndarray))]
+    assert len(buffers) > 50
+    assert all(buffer.ctypes.data % CACHE_LINE == 0 for buffer in buffers)
+
+
+def test_zeros():
+    array = zeros(3, 5, dtype=np.int32)
+    assert array.shape == (3, 5) and array.dtype == np.int32 and array.flags.c_contiguous and not array.any()
 
 
 def test_initialisation():

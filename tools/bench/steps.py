@@ -12,6 +12,7 @@ from tools.bench.clock import measured_peak, peak_memory_bytes
 from tools.bench.sizes import SEQUENCES, model_config, step_flops
 
 LEARNING_RATE = 1e-3
+PEAK_EVERY = 0.2  # seconds of steps between two samples of the machine's peak
 
 
 def batch(config, sequences: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,20 +55,24 @@ def measure(size: str, contender: str, precision: str, seconds: float, threads: 
     """Steps a second of feste, of PyTorch (eager) or of PyTorch (compile). losses: of the first steps, to compare.
 
     The time of a step is the median of those that fit into `seconds`, so that a moment's disturbance of the
-    machine does not count.
+    machine does not count. The peak is sampled all along, between the steps: it changes with the phases of the machine.
     """
     config = model_config(size, block_size)
     step = _stepper(contender, config, precision, accumulation, threads)
     ids_and_targets = batch(config, sequences)
     losses = [step(*ids_and_targets) for _ in range(3)]
-    times, begun = [], time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(times) < 2:
+    times, peaks, unsampled = [], [], 0.0
+    while sum(times) < seconds or len(times) < 2:
         start = time.perf_counter()
         step(*ids_and_targets)
         times.append(time.perf_counter() - start)
+        unsampled += times[-1]
+        if contender == "feste" and (unsampled > PEAK_EVERY or not peaks):
+            peaks.append(measured_peak(precision == "bf16", 0.05 * unsampled))
+            unsampled = 0.0
     result = {"steps_per_second": 1.0 / float(np.median(times)), "losses": losses, "peak_bytes": peak_memory_bytes()}
     if contender == "feste":
-        peak = measured_peak(precision == "bf16")
+        peak = float(np.median(peaks))
         rate = step_flops(config, sequences) * result["steps_per_second"]
         result |= {"share_of_peak": rate / peak, "gflops": rate / 1e9, "peak_gflops": peak / 1e9}
     return result
