@@ -588,7 +588,8 @@ cdef int gemm_by_rows(const Gemm* g) except -1:
 
 
 cdef int gemm_by_columns(const Gemm* g) except -1:
-    """The same with the roles changed: what of a needs packing is packed by all threads, a task packs some columns of b."""
+    """The roles changed: all threads pack what of a needs packing, and a task takes some columns of b, which it packs
+    for itself."""
     cdef Py_ssize_t depth = depth_of(g), max_lanes = lanes_of(g, min(g.K, depth))
     cdef Py_ssize_t strips_size = min(ceil_div(g.M, MR), MC // MR) * (MR * max_lanes + PAD)
     cdef Py_ssize_t panels_size = GROUP * (NR * max_lanes + PAD)

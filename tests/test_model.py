@@ -58,8 +58,9 @@ def test_everything_a_step_touches_begins_at_a_cache_line(name):
     ids, targets = batch_of(config, 2)
     model.forward_backward(ids, targets)
     [act] = model._activations.values()
+    activations = [value for part in (act, *act.layers) for value in vars(part).values()]
     buffers = [model.flat_params, model.flat_grads, optimizer.m, optimizer.v, *model.params.values(),
-               *(array for part in (act, *act.layers) for array in vars(part).values() if isinstance(array, np.ndarray))]
+               *(value for value in activations if isinstance(value, np.ndarray))]
     assert len(buffers) > 50
     assert all(buffer.ctypes.data % CACHE_LINE == 0 for buffer in buffers)
 
@@ -225,7 +226,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_the_cache_gives_what_whole_passes_give(precision, n_prompt):
     model = GPT2(SMALL, seed=4, precision=precision)
     model.flat_params *= 4.0
-    prompt = RNG.integers(0, 37, n_prompt).tolist()
+    prompt = np.random.default_rng(0).integers(0, 37, n_prompt).tolist()
     expected = list(prompt)
     for _ in range(30):  # beyond block_size: the window slides
         logits = model.forward(np.array([expected[-20:]], np.int32))[0, -1]
