@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from feste import ops, reference
+from feste.memory import zeros
 
 B, T, H, D, V = 8, 256, 4, 64, 1536  # sequences, tokens, heads, channels of a head, vocabulary
 C, rows = H * D, B * T
@@ -17,7 +18,9 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape, dtype=np.float32)
+    array = zeros(*shape)
+    RNG.standard_normal(dtype=np.float32, out=array)
+    return array
 
 
 def best_time(call, repeats: int = 5) -> float:
@@ -46,7 +49,7 @@ def show(title: str, name: str, outputs: list[np.ndarray], arguments: tuple, flo
 
 
 def empty(*shapes: tuple[int, ...]) -> list[np.ndarray]:
-    return [np.zeros(shape, np.float32) for shape in shapes]
+    return [zeros(*shape) for shape in shapes]
 
 
 PEAK = ops.peak_flops(50_000) / best_time(lambda: ops.peak_flops(50_000))
