@@ -556,34 +556,33 @@ cdef int gemm_by_rows(const Gemm* g) except -1:
     cdef Py_ssize_t strips_size = MOST * (MR * max_lanes + PAD)
     cdef float* panels = <float*>scratch((panels_size + n_threads * strips_size) * sizeof(float))
     cdef float* strips = panels + panels_size
-    cdef Py_ssize_t total_strips = ceil_div(g.M, MR), row_blocks = count_blocks(total_strips, MOST)
+    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), MOST)
     cdef Py_ssize_t column_blocks = 1 if row_blocks >= 2 * n_threads else ceil_div(TASKS * n_threads, row_blocks)
-    cdef Py_ssize_t jb = 0, jc = 0, nc = 0, pb = 0, pc = 0, kc = 0, n_panels = 0, groups = 0, ps_a = 0, ps_b = 0
+    cdef Py_ssize_t jb = 0, jc = 0, nc = 0, pb = 0, pc = 0, kc = 0, groups = 0, ps_a = 0, ps_b = 0
     cdef Py_ssize_t task, i, j, m, n
     cdef float* block
     with nogil, parallel(num_threads=n_threads):
         for jb in range(ceil_div(g.N, NC)):
             jc = jb * NC
             nc = min(g.N - jc, NC)
-            n_panels = ceil_div(nc, NR)
-            groups = count_blocks(n_panels, GROUP)
+            groups = count_blocks(ceil_div(nc, NR), GROUP)
             for pb in range(ceil_div(g.K, depth)):
                 pc = pb * depth
                 kc = min(g.K - pc, depth)
                 ps_a, ps_b = MR * lanes_of(g, kc) + PAD, NR * lanes_of(g, kc) + PAD
                 for task in prange(groups, schedule='static'):
-                    j = share(n_panels, task, groups)
-                    n = min(nc, share(n_panels, task + 1, groups) * NR) - j * NR
-                    pack_b(g, panels + j * ps_b, ps_b, jc + j * NR, n, pc, kc, True)
+                    j = begin_of(task, groups, nc, NR)
+                    n = begin_of(task + 1, groups, nc, NR) - j
+                    pack_b(g, panels + j // NR * ps_b, ps_b, jc + j, n, pc, kc, True)
                 for task in prange(row_blocks * column_blocks, schedule='dynamic'):
                     block = strips + threadid() * strips_size
-                    i = share(total_strips, task // column_blocks, row_blocks) * MR
-                    m = min(g.M, share(total_strips, task // column_blocks + 1, row_blocks) * MR) - i
-                    j = share(n_panels, task % column_blocks, column_blocks)
-                    n = min(nc, share(n_panels, task % column_blocks + 1, column_blocks) * NR) - j * NR
+                    i = begin_of(task // column_blocks, row_blocks, g.M, MR)
+                    m = begin_of(task // column_blocks + 1, row_blocks, g.M, MR) - i
+                    j = begin_of(task % column_blocks, column_blocks, nc, NR)
+                    n = begin_of(task % column_blocks + 1, column_blocks, nc, NR) - j
                     if n > 0:
                         pack_a(g, block, ps_a, i, m, pc, kc)
-                        multiply(g, block, ps_a, panels + j * ps_b, ps_b, i, m, jc + j * NR, n, pc, kc)
+                        multiply(g, block, ps_a, panels + j // NR * ps_b, ps_b, i, m, jc + j, n, pc, kc)
     return 0
 
 
@@ -595,28 +594,27 @@ cdef int gemm_by_columns(const Gemm* g) except -1:
     cdef Py_ssize_t panels_size = GROUP * (NR * max_lanes + PAD)
     cdef float* strips = <float*>scratch((strips_size + n_threads * panels_size) * sizeof(float))
     cdef float* panels = strips + strips_size
-    cdef Py_ssize_t total_panels = ceil_div(g.N, NR), column_blocks = count_blocks(total_panels, GROUP)
-    cdef Py_ssize_t ib = 0, ic = 0, mc = 0, pb = 0, pc = 0, kc = 0, n_strips = 0, groups = 0, ps_a = 0, ps_b = 0
+    cdef Py_ssize_t column_blocks = count_blocks(ceil_div(g.N, NR), GROUP)
+    cdef Py_ssize_t ib = 0, ic = 0, mc = 0, pb = 0, pc = 0, kc = 0, groups = 0, ps_a = 0, ps_b = 0
     cdef Py_ssize_t task, i, j, m, n
     cdef float* block
     with nogil, parallel(num_threads=n_threads):
         for ib in range(ceil_div(g.M, MC)):
             ic = ib * MC
             mc = min(g.M - ic, MC)
-            n_strips = ceil_div(mc, MR)
-            groups = count_blocks(n_strips, MOST)
+            groups = count_blocks(ceil_div(mc, MR), MOST)
             for pb in range(ceil_div(g.K, depth)):
                 pc = pb * depth
                 kc = min(g.K - pc, depth)
                 ps_a, ps_b = MR * lanes_of(g, kc) + PAD, NR * lanes_of(g, kc) + PAD
                 for task in prange(groups, schedule='static'):
-                    i = share(n_strips, task, groups)
-                    m = min(mc, share(n_strips, task + 1, groups) * MR) - i * MR
-                    pack_a(g, strips + i * ps_a, ps_a, ic + i * MR, m, pc, kc)
+                    i = begin_of(task, groups, mc, MR)
+                    m = begin_of(task + 1, groups, mc, MR) - i
+                    pack_a(g, strips + i // MR * ps_a, ps_a, ic + i, m, pc, kc)
                 for task in prange(column_blocks, schedule='dynamic'):
                     block = panels + threadid() * panels_size
-                    j = share(total_panels, task, column_blocks) * NR
-                    n = min(g.N, share(total_panels, task + 1, column_blocks) * NR) - j
+                    j = begin_of(task, column_blocks, g.N, NR)
+                    n = begin_of(task + 1, column_blocks, g.N, NR) - j
                     pack_b(g, block, ps_b, j, n, pc, kc, ib == 0)
                     multiply(g, strips, ps_a, block, ps_b, ic, mc, j, n, pc, kc)
     return 0
@@ -640,9 +638,9 @@ cdef Py_ssize_t count_blocks(Py_ssize_t total, Py_ssize_t most) noexcept nogil:
     return min(total, ceil_div(wanted, n_threads) * n_threads)
 
 
-cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t parts) noexcept nogil:
-    """Where part i begins if total is divided evenly into parts."""
-    return i * total // parts
+cdef inline Py_ssize_t begin_of(Py_ssize_t block, Py_ssize_t blocks, Py_ssize_t n, Py_ssize_t width) noexcept nogil:
+    """The first row (or column) of a block, if n of them, in strips (or panels) of a width, are divided evenly."""
+    return min(n, block * ceil_div(n, width) // blocks * width)
 
 
 def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
