@@ -21,10 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from feste import GPT2, BPETokenizer, Checkpoint, Config, train_gpt2
-from feste.checkpoint import find_checkpoint
-from feste.corpus import shakespeare_text
-from feste.runlog import read_info, read_rows
+from feste import (
+    GPT2,
+    BPETokenizer,
+    Checkpoint,
+    Config,
+    find_checkpoint,
+    read_info,
+    read_rows,
+    shakespeare_text,
+    train_gpt2,
+)
 
 STEPS, KILLED_AT, INTERVAL = 60, 37, 10
 WALL_TIME = {"timestamp", "elapsed_seconds", "tokens_per_second"}

@@ -1,26 +1,74 @@
 """feste trains GPT-2 style transformers from scratch on an ordinary CPU. These are its public names."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # what an editor sees
+    from feste.config import PRESETS, Config, TrainConfig
+    from feste.corpus import read_text, shakespeare_text
+    from feste.data import Batches, split_tokens
+    from feste.errors import FesteError
+    from feste.evaluation import bits_per_byte, held_out_loss, perplexity
+    from feste.generation import Sampler
+    from feste.model import GPT2
+    from feste.optim import AdamW, learning_rate_at
+    from feste.run.checkpoint import Checkpoint
+    from feste.run.directory import find_checkpoint
+    from feste.run.follow import RunReader, read_info, read_rows
+    from feste.tokenizer import BPETokenizer
+    from feste.trainer import TrainResult, train_gpt2
+
 _HOME = {
-    "Config": "config", "TrainConfig": "config", "PRESETS": "config",
-    "GPT2": "model",
-    "BPETokenizer": "tokenizer",
-    "AdamW": "optim",
-    "Checkpoint": "checkpoint",
-    "train_gpt2": "trainer",
+    "config": ("PRESETS", "Config", "TrainConfig"),
+    "corpus": ("read_text", "shakespeare_text"),
+    "data": ("Batches", "split_tokens"),
+    "errors": ("FesteError",),
+    "evaluation": ("bits_per_byte", "held_out_loss", "perplexity"),
+    "generation": ("Sampler",),
+    "model": ("GPT2",),
+    "optim": ("AdamW", "learning_rate_at"),
+    "run.checkpoint": ("Checkpoint",),
+    "run.directory": ("find_checkpoint",),
+    "run.follow": ("RunReader", "read_info", "read_rows"),
+    "tokenizer": ("BPETokenizer",),
+    "trainer": ("TrainResult", "train_gpt2"),
 }
 
-__all__ = ["GPT2", "PRESETS", "AdamW", "BPETokenizer", "Checkpoint", "Config", "TrainConfig", "train_gpt2"]
+__all__ = [
+    "GPT2",
+    "PRESETS",
+    "AdamW",
+    "BPETokenizer",
+    "Batches",
+    "Checkpoint",
+    "Config",
+    "FesteError",
+    "RunReader",
+    "Sampler",
+    "TrainConfig",
+    "TrainResult",
+    "bits_per_byte",
+    "find_checkpoint",
+    "held_out_loss",
+    "learning_rate_at",
+    "perplexity",
+    "read_info",
+    "read_rows",
+    "read_text",
+    "shakespeare_text",
+    "split_tokens",
+    "train_gpt2",
+]
 
 
 def __getattr__(name: str):
     """Import a public name when it is first used: the monitor needs no kernels, the tokenizer no model."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'feste' has no attribute {name!r}")
-    return getattr(import_module(f"feste.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"feste.{module}"), name)
+    raise AttributeError(f"module 'feste' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,12 +6,16 @@ valid one. `TrainConfig` carries a help sentence with each field: the command li
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
+from feste.errors import FesteError
 
-def _require(condition: bool, message: str) -> None:
+
+def _require(condition: bool, message: str, *names: str) -> None:
+    """FesteError about some fields unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise FesteError(message, *names)
 
 
 def _dial(default, help: str):
@@ -34,12 +38,14 @@ class Config:
         for name in ("vocab_size", "n_embd", "n_layers", "n_heads", "block_size"):
             value = getattr(self, name)
             _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                     f"{name} must be a positive integer, got {value!r}")
+                     f"{name} must be a positive integer, got {value!r}", name)
         _require(self.n_embd % self.n_heads == 0,
                  f"n_embd must be divisible by n_heads, got n_embd={self.n_embd} and n_heads={self.n_heads}; "
-                 f"choose n_heads among the divisors of n_embd")
-        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout!r}")
-        _require(isinstance(self.tie_weights, bool), f"tie_weights must be a bool, got {self.tie_weights!r}")
+                 f"choose n_heads among the divisors of n_embd", "n_heads", "n_embd")
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout!r}",
+                 "dropout")
+        _require(isinstance(self.tie_weights, bool), f"tie_weights must be a bool, got {self.tie_weights!r}",
+                 "tie_weights")
 
     @property
     def head_size(self) -> int:
@@ -81,36 +87,35 @@ class TrainConfig:
     sample_prompt: str = _dial("To be, or not to be", "text that the samples continue")
     checkpoint_interval: int = _dial(250, "steps between periodic checkpoints")
     keep_last: int = _dial(3, "periodic checkpoints kept (best and final always are)")
-    seed: int = _dial(1337, "seed of the initial weights, the batches, dropout and the samples")
+    seed: int = _dial(1337, "seed of the batches, dropout and the samples, and of a new model's initial weights")
     precision: str = _dial("fp32", "fp32, or bf16 to round matrix-product inputs to bfloat16")
     threads: int = _dial(0, "threads of the kernels, 0 for one per available core")
     on_nan: str = _dial("stop", "at a NaN or Inf: stop, or skip the step (stops after 10 in a row)")
 
     def __post_init__(self) -> None:
+        def check(name: str, fits: Callable[[object], bool], what: str) -> None:
+            value = getattr(self, name)
+            _require(fits(value), f"{name} must be {what}, got {value!r}", name)
+
+        def whole(least: int) -> Callable[[object], bool]:
+            return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
         for name in ("num_steps", "seq_len", "batch_size", "accumulation", "patience", "val_interval",
                      "val_windows", "sample_interval", "sample_tokens", "checkpoint_interval", "keep_last"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+            check(name, whole(1), "a positive integer")
         for name in ("learning_rate", "clip_norm", "eps"):
-            _require(0.0 < getattr(self, name) < float("inf"),
-                     f"{name} must be a positive number, got {getattr(self, name)!r}")
+            check(name, lambda value: 0.0 < value < float("inf"), "a positive number")
         for name in ("warmup_fraction", "min_lr_fraction"):
-            _require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+            check(name, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
         for name in ("beta1", "beta2"):
-            _require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        _require(0.0 <= self.weight_decay < float("inf"),
-                 f"weight_decay must be a finite number, not negative, got {self.weight_decay!r}")
-        _require(0.0 < self.val_fraction < 1.0, f"val_fraction must be in (0, 1), got {self.val_fraction!r}")
+            check(name, lambda value: 0.0 <= value < 1.0, "in [0, 1)")
+        check("weight_decay", lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
+        check("val_fraction", lambda value: 0.0 < value < 1.0, "in (0, 1)")
         for name in ("seed", "threads"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, f"{name} must be a non-negative integer, got {value!r}")
-        _require(self.threads <= 1024, f"threads must be at most 1024, got {self.threads}")
-        _require(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-        _require(self.on_nan in ("stop", "skip"), f"on_nan must be 'stop' or 'skip', got {self.on_nan!r}")
-
-    def to_dict_for_call(self) -> dict:
-        """The fields as keywords of train_gpt2, where the precision is the model's."""
-        return {name: value for name, value in asdict(self).items() if name != "precision"}
+            check(name, whole(0), "a non-negative integer")
+        check("threads", lambda value: value <= 1024, "at most 1024")
+        check("precision", lambda value: value in PRECISIONS, f"one of {PRECISIONS}")
+        check("on_nan", lambda value: value in ("stop", "skip"), "'stop' or 'skip'")
 
     @property
     def tokens_per_step(self) -> int:

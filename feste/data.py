@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from feste.tokenizer import BPETokenizer
-
-INDEX_NAME = "tokens.json"  # of a directory of token shards, written last: a directory without it is not complete
+from feste.errors import FesteError
 
 
 def split_tokens(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -21,10 +16,10 @@ def split_tokens(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, n
 
 
 def require_window(tokens: np.ndarray, seq_len: int, what: str) -> None:
-    """ValueError unless the tokens hold one window and its targets."""
+    """FesteError unless the tokens hold one window and its targets."""
     if len(tokens) < seq_len + 1:
-        raise ValueError(f"{what} has {len(tokens)} tokens, but one window of seq_len={seq_len} and its targets need "
-                         f"{seq_len + 1}; use a longer text or a smaller seq_len")
+        raise FesteError(f"{what} has {len(tokens)} tokens, but one window of seq_len={seq_len} and its targets need "
+                         f"{seq_len + 1}; use a longer text or a smaller seq_len", "seq_len")
 
 
 class Batches:
@@ -69,26 +64,14 @@ def windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.nd
     return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
 
 
-def validation_windows(tokens: np.ndarray, seq_len: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed set of `count` windows spread evenly over the held-out tokens, or with None all of them, end to end."""
+def whole_starts(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """Starts of all whole windows with targets, end to end."""
+    return np.arange((len(tokens) - 1) // seq_len) * seq_len
+
+
+def even_starts(tokens: np.ndarray, seq_len: int, count: int) -> np.ndarray:
+    """Starts of `count` windows spread evenly over the tokens; where there are fewer, of all of them, end to end."""
     require_window(tokens, seq_len, "the held-out text")
-    available = (len(tokens) - 1) // seq_len
-    if count is None or count >= available:
-        starts = np.arange(available) * seq_len
-    else:
-        starts = np.linspace(0, len(tokens) - 1 - seq_len, count).astype(np.int64)
-    return windows(tokens, starts, seq_len)
-
-
-def load_tokens(folder: str | os.PathLike) -> tuple[np.ndarray, BPETokenizer]:
-    """The tokens of a directory made by tools.prepare, mapped into memory and not read, and their tokenizer."""
-    folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        tokens = np.memmap(folder / index["file"], dtype=index["dtype"], mode="r", offset=index.get("offset", 0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no finished directory of tokens ({error}); make one with "
-                         f"python -m tools.prepare FILE... -o {folder}") from None
-    if len(tokens) != index.get("tokens"):
-        raise ValueError(f"{folder} is damaged: {index['file']} has {len(tokens)} tokens, not {index.get('tokens')}")
-    return tokens, BPETokenizer.load(folder / "tokenizer.json")
+    if count >= (len(tokens) - 1) // seq_len:
+        return whole_starts(tokens, seq_len)
+    return np.linspace(0, len(tokens) - 1 - seq_len, count).astype(np.int64)

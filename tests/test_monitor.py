@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feste.runlog import COLUMNS, INFO_NAME, LOG_NAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from feste import runlog
-from feste.runlog import COLUMNS, INFO_NAME, LOG_NAME
+from feste import terminal as text
 from tools.monitor import app as app_module
-from tools.monitor import curve, numbers, summary, text
+from tools.monitor import curve, numbers, summary
 from tools.monitor.__main__ import main
 from tools.monitor.app import POLL_SECONDS, Monitor
 from tools.monitor.curve import Axes, Series, View

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feste.runlog import RunLog
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config, train_gpt2
 from feste.data import split_tokens
-from feste.runlog import RunLog
 from tools import compare, plot
 from tools.repl.voice import Voice
 

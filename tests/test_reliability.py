@@ -12,11 +12,11 @@ import time
 import numpy as np
 import pytest
 import torture
+from feste.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, verify
+from feste.runlog import RunLog, RunLogError, RunReader, read_info, read_rows
 from torture import CONFIG, INTERVAL, arguments, failing_call, history, run, save_example, start, tokenizer, train
 
 from feste import GPT2, AdamW, Checkpoint, checkpoint
-from feste.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, verify
-from feste.runlog import RunLog, RunLogError, RunReader, read_info, read_rows
 from feste.trainer import TrainingDiverged
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torture
+from feste.checkpoint import CheckpointError, find_checkpoint, verify
+from feste.runlog import RunLogError, read_info
 from torture import CONFIG, differences, history, save_example, train
 
 from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, train_gpt2
-from feste.checkpoint import CheckpointError, find_checkpoint, verify
 from feste.cli import run_preset
 from feste.optim import learning_rate_at
-from feste.runlog import RunLogError, read_info
 
 
 def half_of(whole: Path, at: int, to: Path) -> Path:

@@ -10,11 +10,11 @@ import socket
 
 import numpy as np
 import pytest
+from feste.runlog import COLUMNS, RunLog, RunReader, read_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feste import rows, runlog
-from feste.runlog import COLUMNS, RunLog, RunReader, read_info
 
 SAMPLES = ["plain words", 'a "quote", a comma', "line\nbreak\n\n", '"', "ümlaut → 火", "", "ends in comma,"]
 

@@ -31,10 +31,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, checkpoint, train_gpt2
 from feste.checkpoint import CheckpointError, find_checkpoint, verify
 from feste.runlog import COLUMNS, LOG_NAME, read_info, read_rows
+
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, checkpoint, train_gpt2
 from feste.tokenizer import TokenizerError
 
 ROOT = Path(__file__).resolve().parent.parent

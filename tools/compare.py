@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from feste.runlog import LOG_NAME, RunReader, perplexity
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -30,8 +31,7 @@ from rich.text import Text
 from feste.cli import guarded
 from feste.corpus import CorpusError, read_text, shakespeare_text
 from feste.data import split_tokens, validation_windows, windows
-from feste.runlog import LOG_NAME, RunReader, perplexity
-from tools.monitor.text import shorten
+from feste.terminal import shorten
 from tools.repl.loop import NARROWEST
 from tools.repl.voice import Voice, visible
 

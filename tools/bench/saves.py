@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from feste.checkpoint import CheckpointWriter
 
 from feste import GPT2, AdamW
-from feste.checkpoint import CheckpointWriter
 from feste.config import TrainConfig
 from tools.bench.sizes import SEQUENCES, model_config
 from tools.bench.steps import batch, feste_stepper

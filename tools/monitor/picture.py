@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tools.monitor import text
+from feste import terminal as text
 from tools.monitor.curve import Axes, Picture, Row, Series, View, draw, message
 from tools.monitor.numbers import finite, smooth, ticks, time_ticks, value_at
 from tools.monitor.runs import Run

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from feste.runlog import INFO_NAME, LOG_NAME, RunReader
 
 from feste import runlog
-from feste.runlog import INFO_NAME, LOG_NAME, RunReader
-from tools.monitor.text import clean_line
+from feste.terminal import clean_line
 
 # Told apart by most colour-blind eyes (after Okabe and Ito), and by the marker without any colour.
 COLOURS = ("#56b4e9", "#e69f00", "#2fbf8f", "#cc79a7", "#e8dc4a", "#e2703a", "#8c9eff", "#a8a8a8")

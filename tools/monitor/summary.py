@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict
 
-from tools.monitor import text
+from feste import terminal as text
 from tools.monitor.numbers import sparkline
 from tools.monitor.runs import Run, Summary
 

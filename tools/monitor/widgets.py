@@ -14,7 +14,8 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
-from tools.monitor import summary, text
+from feste import terminal as text
+from tools.monitor import summary
 from tools.monitor.curve import Row
 from tools.monitor.keys import GROUPS, MOUSE
 from tools.monitor.numbers import sparkline

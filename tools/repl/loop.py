@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tools.monitor.text import shorten
+from feste.terminal import shorten
 from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below

@@ -9,9 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from feste import generation, ops
-from feste.checkpoint import Checkpoint, find_checkpoint
-from feste.runlog import perplexity
+from feste import Checkpoint, find_checkpoint, generation, ops, perplexity
 from feste.tokenizer import BPETokenizer
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
