@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class FesteError(ValueError):
-    """A fact that stands in the way. names: the parameters that would mend it, fields of a configuration or arguments."""
+    """A fact that stands in the way. names: the parameters that would mend it (configuration fields, arguments)."""
 
     def __init__(self, message: str, *names: str) -> None:
         super().__init__(message)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from feste.runlog import COLUMNS, LOG_NAME
+from feste.run.follow import COLUMNS, LOG_NAME
 
 ROWS = 1_000_000
 REFRESHES = 20
