@@ -32,7 +32,7 @@ from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint
 from feste.run.follow import read_info
 from feste.terminal import clean, duration
-from feste.trainer import TrainingDiverged, TrainResult, train
+from feste.trainer import Run, TrainingDiverged, TrainResult, train
 
 PROMPTS = ("To be, or not to be", "ROMEO:\n", "My lord, ")
 TEMPERATURES = (0.5, 0.8, 1.0)
@@ -50,12 +50,15 @@ MODEL_HELP = {
 }
 
 
-def run_preset(name: str, argv: Sequence[str] | None = None) -> int:
-    """The whole of an example: train a preset with the flags of the command line. Returns the exit code."""
+def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run], None] | None = None) -> int:
+    """The whole of an example: train a preset with the flags of the command line. Returns the exit code.
+
+    loop: what happens in the steps, if not trainer.training_loop.
+    """
     parser = argparse.ArgumentParser(description=f"Train the {name} model: {PRESETS[name].summary}.",
                                      allow_abbrev=False)
     add_flags(parser, PRESETS[name])
-    return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv)))
+    return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv), loop))
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ def _named(args: argparse.Namespace, cls: type) -> dict:
 # ---- from flags to a plan ----------------------------------------------------------------------------------
 
 
-def run_training(preset: Preset, args: argparse.Namespace) -> int:
+def run_training(preset: Preset, args: argparse.Namespace, loop: Callable[[Run], None] | None = None) -> int:
     """Plan the run that the flags describe, say what it is, and carry it out. Returns the exit code."""
     the_plan = _plan(preset, args)
     announce(the_plan)
@@ -152,7 +155,7 @@ def run_training(preset: Preset, args: argparse.Namespace) -> int:
         print_estimate(the_plan)
         return 0
     with Progress(the_plan.config, start=the_plan.state.step) as progress:
-        result = train(the_plan, progress)
+        result = train(the_plan, progress, loop)
     return finish(the_plan, result)
 
 

@@ -36,15 +36,15 @@ def _say_once(message: str) -> None:
 
 
 def advice(error: OSError) -> str:
-    """What helps against an error of the file system, in a few words; fits behind a semicolon."""
+    """What to do about an error of the file system, in a few words; stands behind a semicolon."""
     return {
-        errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some of your disk quota",
-        errno.EFBIG: "the file system or a limit of the process allows no larger file",
-        errno.ENAMETOOLONG: "choose a shorter name", errno.EROFS: "the file system is read-only",
+        errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some of the disk quota",
+        errno.EFBIG: "raise the limit of file size, or choose another file system",
+        errno.ENAMETOOLONG: "choose a shorter name", errno.EROFS: "choose a place that can be written",
         errno.EACCES: "choose a place you may write to", errno.EPERM: "choose a place you may write to",
-        errno.ENOENT: "a directory of the path is missing", errno.ENOTDIR: "a part of the path is a file",
-        errno.EISDIR: "the path is a directory", errno.EMFILE: "the process has too many open files",
-        errno.EIO: "the device reports a fault", errno.ESTALE: "the network file system lost the file",
+        errno.ENOENT: "see that the directory is still there", errno.ENOTDIR: "choose a path without a file in it",
+        errno.EMFILE: "raise the limit of open files", errno.EIO: "see to the device, which reports a fault",
+        errno.ESTALE: "see to the network file system, which lost the file",
     }.get(error.errno, "choose another place")
 
 

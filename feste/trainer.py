@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,34 +106,79 @@ def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
     return settings | own
 
 
-def train(the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> TrainResult:
-    """Carry out a plan. on_step is called with the record of every step, behind its checkpoint."""
+def train(the_plan: Plan, on_step: Callable[[dict], None] | None = None,
+          loop: Callable[[Run], None] | None = None) -> TrainResult:
+    """Carry out a plan. on_step is called with the record of every step, behind its checkpoint.
+
+    loop: what happens in the steps, if it is not to be `training_loop`; examples/05 has one to read.
+    """
     ops.set_num_threads(the_plan.config.threads)
-    loop = _Loop(the_plan)
-    with loop.open_directory() as directory, _StopSignals() as stop:
-        return loop.run(directory, stop, on_step)
+    with Run(the_plan, on_step) as run, run.stop:
+        (loop or training_loop)(run)
+        return run.end()
 
 
-class _Loop:
-    """A plan under way: its state, and the parts of a step."""
+def training_loop(run: Run) -> None:
+    """Every step of a run: an update, and when they are due a validation and a sample."""
+    for step in run.steps():
+        learning_rate = learning_rate_at(step, run.config)
+        record = run.record(learning_rate, *_update(run, step, learning_rate))
+        if run.due(run.config.val_interval):
+            record["val_loss"] = mean_loss(run.model, run.val_tokens, run.val_starts, run.config.seq_len,
+                                           run.config.batch_size)
+        if run.due(run.config.sample_interval):
+            record["sample"] = _sample(run, step)
+        run.keep(record)
 
-    def __init__(self, the_plan: Plan) -> None:
-        self.plan, self.config, self.state = the_plan, the_plan.config, the_plan.state
+
+def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
+    """One AdamW update from the mini-batches of a step; its mean loss, and the gradient norm before clipping."""
+    count, loss = run.config.accumulation, 0.0
+    for i, (ids, targets) in enumerate(run.batches.batch(step, run.config.batch_size, count)):
+        loss += run.model.forward_backward(ids, targets, 1.0 / count, (step - 1) * count + i) / count
+    if not math.isfinite(loss):
+        return loss, math.nan
+    return loss, run.optimizer.step(learning_rate, run.config.clip_norm, zero_grad=True)
+
+
+def _sample(run: Run, step: int) -> str:
+    """Text of the model; it has a seed of its own, so that it does not disturb the run."""
+    return run.tokenizer.decode(run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE,
+                                                   seed=run.config.seed + step))
+
+
+class Run:
+    """A plan under way: what a loop needs for a step, and what is kept of it. A context that ends with the run.
+
+    batches: the mini-batches of every step. val_tokens, val_starts: the held-out tokens and where the validation
+    windows begin in them. prompt: ids of the text that samples continue. state: where the run stands.
+    """
+
+    def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> None:
+        self.plan, self.config, self.state, self.on_step = the_plan, the_plan.config, the_plan.state, on_step
         self.model, self.tokenizer, self.optimizer = the_plan.model, the_plan.tokenizer, the_plan.optimizer
         train_tokens, self.val_tokens = split_tokens(the_plan.tokens, self.config.val_fraction)
         self.batches = Batches(train_tokens, self.config.seq_len, self.config.seed)
         self.val_starts = even_starts(self.val_tokens, self.config.seq_len, self.config.val_windows)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
-        self.elapsed_before, self.started = self.state.elapsed_seconds, time.perf_counter()
+        self.stop, self.ending = _StopSignals(), "finished"
+        self._elapsed_before, self._started = self.state.elapsed_seconds, time.perf_counter()
+        self._step_begun = self._started
+        self._directory: RunDirectory | None = None  # for a run that leaves nothing on the disk
 
-    def open_directory(self) -> RunDirectory | nullcontext:
-        """The run directory as a context, or None in its place for a run that leaves nothing on the disk."""
+    def __enter__(self) -> Run:
         p, state = self.plan, self.state
-        if p.run_dir is None:
-            return nullcontext()
-        return RunDirectory(p.run_dir, self.description() | p.info, self.config, self.model, self.tokenizer,
-                            self.optimizer, resumed_at=state.step if p.resumed else None, best_step=state.best_step,
-                            origin=p.origin)
+        if p.run_dir is not None:
+            self._directory = RunDirectory(
+                p.run_dir, self.description() | p.info, self.config, self.model, self.tokenizer, self.optimizer,
+                resumed_at=state.step if p.resumed else None, best_step=state.best_step, origin=p.origin)
+        self.model.zero_grad()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._directory is not None:
+            self._directory.info.update(step=self.state.step, skipped_steps=self.state.skipped)
+            self._directory.__exit__(*error)
 
     def description(self) -> dict:
         """The part of run.json that does not change."""
@@ -145,64 +190,48 @@ class _Loop:
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,
                 "skipped_steps": self.state.skipped}
 
-    def for_checkpoint(self) -> dict:
-        """What a checkpoint keeps beside model, tokenizer and optimizer."""
-        self._elapsed()
-        kept = asdict(self.state)
-        step, best_val_loss, best_step = (kept.pop(name) for name in ("step", "best_val_loss", "best_step"))
-        return {"step": step, "best_val_loss": best_val_loss, "best_step": best_step,
-                "train_config": self.config.to_dict(),
-                "trainer_state": kept | {"corpus_sha256": self.plan.corpus_sha256}}
+    # ---- what a loop calls, in this order -------------------------------------------------------------------
 
-    def run(self, directory: RunDirectory | None, stop: _StopSignals,
-            on_step: Callable[[dict], None] | None) -> TrainResult:
-        """Steps until the last one, until patience ends, or until a signal asks to stop."""
-        ending, state, config = "finished", self.state, self.config
-        self.model.zero_grad()
-        while state.step < config.num_steps and ending == "finished":
-            record = self._one_step()
-            last = state.step == config.num_steps
-            validated = state.step % config.val_interval == 0 or last
-            if validated:
-                record |= self._validate()
-            if state.step % config.sample_interval == 0 or last:
-                record["sample"] = self._sample()
-            if validated and state.step - state.best_step >= config.patience:
-                ending = "early_stopped"
-            elif stop.signal is not None and not last:
-                ending = "interrupted"
-            if directory is not None:
-                directory.write(record)
-                directory.save_if_due(state.step, self.for_checkpoint(),
-                                      improved=validated and state.best_step == state.step,
-                                      over=last or ending == "early_stopped", interrupted=ending == "interrupted")
-            if on_step is not None:  # after the save: a display whose terminal is gone must not prevent it
-                on_step(record)
-        return self._end(directory, ending, stop.signal)
+    def steps(self) -> Iterator[int]:
+        """The steps from 1, or from where the run is resumed, to the last; fewer if patience or a signal ends them."""
+        while self.state.step < self.config.num_steps and self.ending == "finished":
+            self._step_begun = time.perf_counter()
+            self.state.step += 1
+            yield self.state.step
 
-    def _one_step(self) -> dict:
-        """The next update; returns its record."""
-        begun, config, state = time.perf_counter(), self.config, self.state
-        state.step += 1
-        learning_rate = learning_rate_at(state.step, config)
-        loss = 0.0
-        for i, (ids, targets) in enumerate(self.batches.batch(state.step, config.batch_size, config.accumulation)):
-            key = (state.step - 1) * config.accumulation + i
-            loss += self.model.forward_backward(ids, targets, 1.0 / config.accumulation, key) / config.accumulation
-        grad_norm = math.nan
-        if math.isfinite(loss):
-            grad_norm = self.optimizer.step(learning_rate, config.clip_norm, zero_grad=True)
-        state.train_loss = loss
+    def record(self, learning_rate: float, loss: float, grad_norm: float) -> dict:
+        """The record of an update that was just made. What is not finite stops the run, or skips the step."""
+        seconds = time.perf_counter() - self._step_begun
+        self.state.train_loss = loss
         self._guard(loss, grad_norm)
-        seconds = time.perf_counter() - begun
-        return {"step": state.step, "timestamp": f"{time.time():.3f}", "elapsed_seconds": self._elapsed(),
+        return {"step": self.state.step, "timestamp": f"{time.time():.3f}", "elapsed_seconds": self._elapsed(),
                 "learning_rate": learning_rate, "train_loss": loss, "train_perplexity": perplexity(loss),
-                "grad_norm": grad_norm, "tokens_per_second": config.tokens_per_step / seconds}
+                "grad_norm": grad_norm, "tokens_per_second": self.config.tokens_per_step / seconds}
 
-    def _elapsed(self) -> float:
-        """Seconds of the run so far, those before it was resumed included."""
-        self.state.elapsed_seconds = self.elapsed_before + time.perf_counter() - self.started
-        return self.state.elapsed_seconds
+    def due(self, interval: int) -> bool:
+        """Whether this step is one of every `interval`, or the last."""
+        return self.state.step % interval == 0 or self.state.step == self.config.num_steps
+
+    def keep(self, record: dict) -> None:
+        """Log the record, write the checkpoints that are due, and see whether the run goes on."""
+        state, last = self.state, self.state.step == self.config.num_steps
+        validated = "val_loss" in record
+        if validated:
+            self._take_validation(record)
+        if validated and state.step - state.best_step >= self.config.patience:
+            self.ending = "early_stopped"
+        elif self.stop.signal is not None and not last:
+            self.ending = "interrupted"
+        if self._directory is not None:
+            self._directory.write(record)
+            self._directory.save_if_due(state.step, self.for_checkpoint(),
+                                        improved=validated and state.best_step == state.step,
+                                        over=last or self.ending == "early_stopped",
+                                        interrupted=self.ending == "interrupted")
+        if self.on_step is not None:  # after the save: a display whose terminal is gone must not prevent it
+            self.on_step(record)
+
+    # ---- the parts of it ------------------------------------------------------------------------------------
 
     def _guard(self, loss: float, grad_norm: float) -> None:
         """Stop, or skip the step, if the loss or the gradient is not finite; parameters are as before it."""
@@ -219,31 +248,38 @@ class _Loop:
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(f"step {state.step}: {what}, the {state.skipped_in_a_row}th time in a row; {ADVICE}")
 
-    def _validate(self) -> dict:
-        """The mean loss over the fixed validation windows."""
-        state, config = self.state, self.config
-        state.val_loss = mean_loss(self.model, self.val_tokens, self.val_starts, config.seq_len, config.batch_size)
-        if not math.isfinite(state.val_loss):
-            raise TrainingDiverged(f"step {state.step}: the validation loss is {state.val_loss}; {ADVICE}")
-        if state.val_loss < state.best_val_loss:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-        return {"val_loss": state.val_loss, "val_perplexity": perplexity(state.val_loss)}
+    def _take_validation(self, record: dict) -> None:
+        state, loss = self.state, record["val_loss"]
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"step {state.step}: the validation loss is {loss}; {ADVICE}")
+        record["val_perplexity"], state.val_loss = perplexity(loss), loss
+        if loss < state.best_val_loss:
+            state.best_val_loss, state.best_step = loss, state.step
 
-    def _sample(self) -> str:
-        ids = self.model.generate(self.prompt, self.config.sample_tokens, SAMPLE_TEMPERATURE,
-                                  seed=self.config.seed + self.state.step)
-        return self.tokenizer.decode(ids)
+    def _elapsed(self) -> float:
+        """Seconds of the run so far, those before it was resumed included."""
+        self.state.elapsed_seconds = self._elapsed_before + time.perf_counter() - self._started
+        return self.state.elapsed_seconds
 
-    def _end(self, directory: RunDirectory | None, ending: str, signum: int | None) -> TrainResult:
+    def for_checkpoint(self) -> dict:
+        """What a checkpoint keeps beside model, tokenizer and optimizer."""
+        self._elapsed()
+        kept = asdict(self.state)
+        step, best_val_loss, best_step = (kept.pop(name) for name in ("step", "best_val_loss", "best_step"))
+        return {"step": step, "best_val_loss": best_val_loss, "best_step": best_step,
+                "train_config": self.config.to_dict(),
+                "trainer_state": kept | {"corpus_sha256": self.plan.corpus_sha256}}
+
+    def end(self) -> TrainResult:
         """How the run ended, in run.json and as a result."""
-        s, saves, held_up, elapsed = self.state, 0, 0.0, self._elapsed()
-        if directory is not None:
-            reason = signal.Signals(signum).name if signum and ending == "interrupted" else None
+        s, saves, held_up, elapsed, signum = self.state, 0, 0.0, self._elapsed(), self.stop.signal
+        if self._directory is not None:
+            reason = signal.Signals(signum).name if signum and self.ending == "interrupted" else None
             best = s.best_val_loss if math.isfinite(s.best_val_loss) else None
-            directory.end(ending, reason, skipped_steps=s.skipped, best_val_loss=best, best_step=s.best_step,
-                          step=s.step, elapsed_seconds=elapsed)
-            saves, held_up = directory.writer.saves, directory.writer.held_up_seconds
-        return TrainResult(ending, s.step, s.train_loss, s.val_loss, s.best_val_loss, s.best_step, s.skipped,
+            self._directory.end(self.ending, reason, step=s.step, skipped_steps=s.skipped, best_val_loss=best,
+                                best_step=s.best_step, elapsed_seconds=elapsed)
+            saves, held_up = self._directory.writer.saves, self._directory.writer.held_up_seconds
+        return TrainResult(self.ending, s.step, s.train_loss, s.val_loss, s.best_val_loss, s.best_step, s.skipped,
                            elapsed, self.plan.run_dir, signum, saves, held_up)
 
 

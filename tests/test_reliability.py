@@ -12,11 +12,15 @@ import time
 import numpy as np
 import pytest
 import torture
-from feste.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, verify
-from feste.runlog import RunLog, RunLogError, RunReader, read_info, read_rows
+from safetensors import SafetensorError
 from torture import CONFIG, INTERVAL, arguments, failing_call, history, run, save_example, start, tokenizer, train
 
-from feste import GPT2, AdamW, Checkpoint, checkpoint
+from feste import GPT2, AdamW, Checkpoint, RunReader, TrainConfig, find_checkpoint, read_info, read_rows
+from feste.run import checkpoint, directory
+from feste.run.checkpoint import CheckpointError, verify
+from feste.run.directory import CheckpointWriter
+from feste.run.log import RunDirectoryError
+from feste.run.names import periodic
 from feste.trainer import TrainingDiverged
 
 
@@ -61,10 +65,10 @@ def test_the_harness_notices_a_save_that_is_not_atomic(tmp_path, monkeypatch):
     def write_in_place(paths, snapshot):
         try:
             for path in paths:
-                checkpoint._write_file(path, snapshot)
-        except OSError as error:
-            raise CheckpointError(f"{paths[0]}: {error.strerror}") from error
-    monkeypatch.setattr(checkpoint, "_write", write_in_place)
+                checkpoint.save_file(snapshot.tensors(), path, snapshot.metadata | {"checksum": snapshot.checksum()})
+        except SafetensorError as error:
+            raise CheckpointError(f"{paths[0]}: {error}") from error
+    monkeypatch.setattr(directory, "write_as", write_in_place)
     with pytest.raises(CheckpointError, match=r"cut off|damaged"):
         torture.failing_calls(tmp_path)
 
@@ -86,6 +90,7 @@ def test_the_harness_notices_a_missing_checksum(tmp_path, monkeypatch):
 def test_a_background_save_is_the_state_at_the_call(tmp_path):
     model = GPT2(CONFIG)
     optimizer, writer = AdamW(model), CheckpointWriter(3)
+    writer.reserve(model, optimizer)
     for step in range(1, 6):
         before = model.flat_params.copy()
         writer.save([tmp_path / f"checkpoint_step_{step}.bin"], model, None, optimizer, step=step)
@@ -97,6 +102,7 @@ def test_a_background_save_is_the_state_at_the_call(tmp_path):
 def test_saves_that_follow_each_other_at_once_do_not_mix(tmp_path):
     model = GPT2(CONFIG)
     optimizer, writer = AdamW(model), CheckpointWriter(50)
+    writer.reserve(model, optimizer)
     for step in range(1, 21):
         model.flat_params.fill(step)
         paths = [tmp_path / f"checkpoint_step_{step}.bin", tmp_path / "checkpoint_best.bin"]
@@ -111,19 +117,19 @@ def test_saves_that_follow_each_other_at_once_do_not_mix(tmp_path):
 def test_a_file_system_without_hard_links_gets_a_second_file(tmp_path, error):
     paths = [tmp_path / "checkpoint_step_1.bin", tmp_path / "checkpoint_best.bin"]
     with failing_call("link", 1, error) as came:
-        checkpoint._write(paths, checkpoint.Snapshot(GPT2(CONFIG), None, None, step=1))
+        directory.write_as(paths, checkpoint.Snapshot(GPT2(CONFIG), None, None, step=1))
     assert came and [verify(path) for path in paths] == [1, 1] and len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_error_of_the_writer_stops_the_run_with_its_cause(tmp_path, monkeypatch):
-    original = checkpoint._write_file
+    original = checkpoint.save_file
 
-    def full(path, snapshot):
+    def full(tensors, path, metadata):
         if "step_10" in path.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path, snapshot)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "_write_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"checkpoint_step_10\.bin: No space left on device"):
         train(tmp_path / "run")
     info = read_info(tmp_path / "run")
@@ -136,7 +142,7 @@ def test_an_error_of_the_writer_stops_the_run_with_its_cause(tmp_path, monkeypat
 
 def test_retention(tmp_path):
     train(tmp_path / "run", checkpoint_interval=3, keep_last=2)
-    assert [step for step, _ in checkpoint.periodic(tmp_path / "run")] == [27, 30]
+    assert [step for step, _ in periodic(tmp_path / "run")] == [27, 30]
     assert {"checkpoint_best.bin", "checkpoint_final.bin"} <= set(bins(tmp_path / "run"))
 
 
@@ -145,6 +151,7 @@ def test_nothing_is_deleted_before_the_new_one_is_safe(tmp_path):
     for step in (1, 2):
         save_example(tmp_path / f"checkpoint_step_{step}.bin", step)
     writer = CheckpointWriter(keep_last=1)
+    writer.reserve(model, None)
     with failing_call("fsync", 1, errno.EIO):
         writer.save([tmp_path / "checkpoint_step_3.bin"], model, None, None, step=3)
         writer.settle()
@@ -161,7 +168,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_named(tmp_path):
         save_example(tmp_path / f"checkpoint_step_{step}.bin", step)
     with failing_call("unlink", 1, errno.EACCES), \
             pytest.raises(CheckpointError, match=r"delete .*checkpoint_step_1\.bin"):
-        checkpoint.retain(tmp_path, 1)
+        directory.retain(tmp_path, 1)
 
 
 def test_partial_files_are_ignored_and_removed(tmp_path):
@@ -281,38 +288,62 @@ def test_a_run_directory_has_one_trainer_and_the_lock_dies_with_it(folder, tmp_p
     finally:
         process.kill()
         process.communicate()
-    with RunLog(run_dir, {}, resume_step=5):
+    with open_directory(run_dir, resumed_at=5):
         pass
 
 
-def test_a_failed_start_lets_go_of_the_lock(tmp_path):
-    with failing_call("replace", 1, errno.ENOSPC), pytest.raises(RunLogError, match="No space left"):
-        RunLog(tmp_path / "run", {})
-    with RunLog(tmp_path / "run", {}, resume_step=0), pytest.raises(RunLogError, match="in use"):
-        RunLog(tmp_path / "run", {}, resume_step=0)
+def open_directory(path, **resumed):
+    """A run directory as the trainer opens it."""
+    model = GPT2(CONFIG)
+    return directory.RunDirectory(path, {}, TrainConfig(), model, tokenizer(), AdamW(model), **resumed)
+
+
+def test_a_failed_start_leaves_nothing_and_lets_go_of_the_lock(tmp_path):
+    with failing_call("replace", 1, errno.ENOSPC), pytest.raises(RunDirectoryError, match="No space left.*free some"):
+        open_directory(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with open_directory(tmp_path / "run") as run:
+        run.write({"step": 1})
+        with pytest.raises(RunDirectoryError, match="in use"):
+            open_directory(tmp_path / "run", resumed_at=0)
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT2, "forward_backward", lambda *args: 1 / 0)
+    for _ in range(2):  # the directory is free again
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_directory_may_be_used_and_a_full_one_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    train(tmp_path / "empty", num_steps=5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="never reused"):
+        train(tmp_path / "full", num_steps=5)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
 
 
 def test_run_json_is_the_old_one_or_the_new_one(tmp_path):
-    with RunLog(tmp_path / "run", {}) as log:
-        before = read_info(tmp_path / "run")
-        for name in ("fsync", "replace"):
-            with failing_call(name, 1, errno.ENOSPC), pytest.raises(RunLogError, match="No space left"):
-                log.update(step=7)
-            assert read_info(tmp_path / "run") == before
-        log.update(step=8)
-        assert read_info(tmp_path / "run")["step"] == 8
+    for name in ("fsync", "replace"):
+        with open_directory(tmp_path / name) as run:
+            run.write({"step": 1})
+            before = read_info(tmp_path / name)
+            with failing_call(name, 1, errno.ENOSPC), pytest.raises(RunDirectoryError, match="No space left"):
+                run.end("finished", None)
+            assert read_info(tmp_path / name) == before
 
 
 def test_a_close_that_fails_says_so_in_run_json(tmp_path):
-    log = RunLog(tmp_path / "run", {})
-    log.log({"step": 1})
-    os.close(log._file.fileno())  # stands for a disk that is full when the last rows go out
-    with pytest.raises(RunLogError, match="cannot write the run directory"):
-        log.close("finished")
+    run = open_directory(tmp_path / "run")
+    run.write({"step": 1})
+    os.close(run._log._file.fileno())  # stands for a disk that is full when the last rows go out
+    with pytest.raises(RunDirectoryError, match="cannot write the run directory"):
+        run.end("finished", None)
     info = read_info(tmp_path / "run")
     assert info["state"] == "failed" and "cannot write" in info["reason"]
-    log.close("finished")  # a second time changes nothing
-    assert read_info(tmp_path / "run") == info
 
 
 @pytest.mark.parametrize("largest,named", [(100, "cannot write the run directory"),
@@ -341,8 +372,8 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(folder, tmp_path):
 def test_a_read_only_directory_is_one_clear_error(tmp_path):
     for step in (5, 10):
         save_example(tmp_path / f"checkpoint_step_{step}.bin", step)
-    with failing_call("open", 1, errno.EROFS), pytest.raises(RunLogError, match=r"Read-only file system.*--run-dir"):
-        RunLog(tmp_path / "run", {})
+    with failing_call("open", 1, errno.EROFS), pytest.raises(RunDirectoryError, match=r"Read-only.*can be written"):
+        open_directory(tmp_path / "run")
     with failing_call("open", 1, errno.EROFS), pytest.raises(CheckpointError, match="Read-only file system"):
         save_example(tmp_path / "checkpoint_step_15.bin", 15)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torture
-from feste.checkpoint import CheckpointError, find_checkpoint, verify
-from feste.runlog import RunLogError, read_info
 from torture import CONFIG, differences, history, save_example, train
 
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, train_gpt2
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, find_checkpoint, read_info, train_gpt2
 from feste.cli import run_preset
 from feste.optim import learning_rate_at
+from feste.run.checkpoint import CheckpointError, verify
+from feste.run.log import RunDirectoryError
 
 
 def half_of(whole: Path, at: int, to: Path) -> Path:
@@ -205,7 +205,7 @@ def test_a_run_may_go_on_in_another_directory(tmp_path):
     train(copy, resume=whole / "checkpoint_step_15.bin", keep_last=9)
     assert_same_run(whole, copy)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
-    with pytest.raises(RunLogError, match="exists; a run directory is never reused"):
+    with pytest.raises(RunDirectoryError, match="exists; a run directory is never reused"):
         train(copy, resume=whole / "checkpoint_step_15.bin", keep_last=9)
 
 

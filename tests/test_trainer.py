@@ -12,12 +12,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from feste.runlog import COLUMNS, read_info, read_rows
 
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, cli, ops, train_gpt2, trainer
+from feste import (
+    GPT2,
+    AdamW,
+    BPETokenizer,
+    Checkpoint,
+    Config,
+    TrainConfig,
+    cli,
+    ops,
+    read_info,
+    read_rows,
+    train_gpt2,
+    trainer,
+)
 from feste.cli import run_preset
 from feste.config import PRESETS
 from feste.optim import learning_rate_at
+from feste.run.names import COLUMNS
 from feste.trainer import TrainingDiverged
 
 ROOT = Path(__file__).parent.parent

@@ -31,10 +31,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from feste.checkpoint import CheckpointError, find_checkpoint, verify
-from feste.runlog import COLUMNS, LOG_NAME, read_info, read_rows
+from safetensors import SafetensorError
 
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, checkpoint, train_gpt2
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, find_checkpoint, read_info, read_rows, train_gpt2
+from feste.params import ParameterTable
+from feste.run import checkpoint, directory
+from feste.run.checkpoint import CheckpointError, verify
+from feste.run.names import COLUMNS, LOG
 from feste.tokenizer import TokenizerError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +121,7 @@ def differences(a: Path, b: Path) -> list[str]:
 def history(run_dir: Path, last: int | None = None) -> list[list[str]]:
     """The cells of the log as they stand, but for the columns of wall time."""
     keep = [i for i, name in enumerate(COLUMNS) if name not in WALL_TIME]
-    with open(run_dir / LOG_NAME, encoding="utf-8", newline="") as file:
+    with open(run_dir / LOG, encoding="utf-8", newline="") as file:
         rows = [[row[i] for i in keep] for row in list(csv.reader(file))[1:]]
     return rows if last is None else rows[:last]
 
@@ -174,8 +177,8 @@ def _disturb(order: dict) -> None:
     from feste import cli, trainer
     owner, name = {
         "tokenizing": (BPETokenizer, "train"), "step": (GPT2, "forward_backward"),
-        "validation": (trainer._Run, "_validate"),
-        "sampling": (trainer._Run, "_sample"), "saving": (checkpoint, "_write_file"), "ending": (cli, "held_out_loss"),
+        "validation": (trainer, "mean_loss"), "sampling": (trainer, "_sample"),
+        "saving": (checkpoint, "save_file"), "ending": (cli, "held_out_loss"),
     }[order["phase"]]
     original, calls = getattr(owner, name), 0
 
@@ -287,9 +290,13 @@ def _unlike_uninterrupted(folder: Path, run_dir: Path, step: int, steps: int) ->
 
 
 @contextmanager
-def failing_call(name: str, n: int, error: int | None) -> Iterator[list[bool]]:
-    """The n-th call of os.NAME raises an error, or with None writes half; yields a list that tells if it came to it."""
-    original, calls, came = getattr(os, name), 0, []
+def failing_call(name: str, n: int, error: int) -> Iterator[list[bool]]:
+    """The n-th call of os.NAME, or of the library that writes a checkpoint (save_file), fails with an error number.
+
+    The library leaves half a file. Yields a list that tells if it came to it.
+    """
+    owner = checkpoint if name == "save_file" else os
+    original, calls, came = getattr(owner, name), 0, []
 
     def call(*args, **kwargs):
         nonlocal calls
@@ -297,54 +304,50 @@ def failing_call(name: str, n: int, error: int | None) -> Iterator[list[bool]]:
         if calls != n:
             return original(*args, **kwargs)
         came.append(True)
-        if error is None:
-            return original(args[0], memoryview(args[1])[:max(1, len(args[1]) // 2)])
-        raise OSError(error, os.strerror(error))
+        if name != "save_file":
+            raise OSError(error, os.strerror(error))
+        original(*args, **kwargs)
+        os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(error)} (os error {error})")
 
-    setattr(os, name, call)
+    setattr(owner, name, call)
     try:
         yield came
     finally:
-        setattr(os, name, original)
+        setattr(owner, name, original)
 
 
 def failing_calls(folder: Path) -> list[Tally]:
-    """The n-th open, write, fsync, link and rename of a save fails, for every n."""
-    block, checkpoint.BLOCK = checkpoint.BLOCK, 20_000
-    try:
-        return [_failing(folder, name, error) for name in ("open", "write", "fsync", "link", "replace")
-                for error in (errno.EIO, errno.ENOSPC)] + [_failing(folder, "write", None)]
-    finally:
-        checkpoint.BLOCK = block
+    """The n-th write, fsync, link, rename, change of mode and opening of a directory of a save fails, for every n."""
+    return [_failing(folder, name, error) for name in ("save_file", "chmod", "fsync", "link", "replace", "open")
+            for error in (errno.EIO, errno.ENOSPC)]
 
 
-def _failing(folder: Path, name: str, error: int | None) -> Tally:
-    what = "writes half" if error is None else f"fails with {errno.errorcode[error]}"
-    tally = Tally(f"n-th {name} of a save {what}", detected=None if error is None else 0)
+def _failing(folder: Path, name: str, error: int) -> Tally:
+    tally = Tally(f"n-th {name} of a save fails with {errno.errorcode[error]}")
     new_state = GPT2(CONFIG, seed=2)
     optimizer = AdamW(new_state)
     for n in range(1, 1000):
-        directory = Path(tempfile.mkdtemp(dir=folder))
-        save_example(directory / "checkpoint_step_1.bin", 1)
-        shutil.copy(directory / "checkpoint_step_1.bin", directory / "checkpoint_best.bin")
+        run_dir = Path(tempfile.mkdtemp(dir=folder))
+        save_example(run_dir / "checkpoint_step_1.bin", 1)
+        shutil.copy(run_dir / "checkpoint_step_1.bin", run_dir / "checkpoint_best.bin")
         message = ""
         with failing_call(name, n, error) as came:
             try:
-                checkpoint._write([directory / "checkpoint_step_2.bin", directory / "checkpoint_best.bin"],
-                                  checkpoint.Snapshot(new_state, tokenizer(), optimizer, step=2))
+                directory.write_as([run_dir / "checkpoint_step_2.bin", run_dir / "checkpoint_best.bin"],
+                                   checkpoint.Snapshot(new_state, tokenizer(), optimizer, step=2))
             except CheckpointError as failure:
                 message = str(failure)
         if not came:
             return tally
         tally.tried += 1
-        named = error is None or ("checkpoint_step_2.bin" in message and os.strerror(error) in message)
-        whole = {path.name: verify(path) for path in directory.iterdir()}  # raises for a torn one and for leftovers
+        named = "checkpoint_" in message and os.strerror(error) in message
+        whole = {path.name: verify(path) for path in run_dir.iterdir()}  # raises for a torn one and for leftovers
         ok = whole["checkpoint_step_1.bin"] == 1 and whole["checkpoint_best.bin"] in (1, 2)
         tally.survived += ok
-        if tally.detected is not None:
-            tally.detected += named
+        tally.detected += named
         tally.lost += not (ok and named)
-        shutil.rmtree(directory)
+        shutil.rmtree(run_dir)
     raise AssertionError("a save makes no thousand calls")
 
 
@@ -419,8 +422,11 @@ def _forged(data: bytes, change, checksum: bool = True) -> bytes:
     if metadata["config"] == json.loads(data[8:8 + length])["__metadata__"]["config"]:
         metadata["config"] = json.dumps(config)
     if checksum and isinstance(metadata, dict) and "checksum" in metadata:
-        digest = checkpoint._new_digest(metadata)
-        digest.update(data[8 + length:])
+        digest, original = checkpoint._new_digest(metadata), json.loads(data[8:8 + length])
+        for prefix in checkpoint.PREFIXES:
+            for p in ParameterTable(CONFIG):
+                begin, end = original[prefix + p.name]["data_offsets"]
+                digest.update(data[8 + length + begin:8 + length + end])
         metadata["checksum"] = digest.hexdigest()
     head = json.dumps(entries).encode()
     return struct.pack("<Q", len(head)) + head + data[8 + length:]

@@ -141,8 +141,8 @@ def write(path: Path, snapshot: Snapshot) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}; earlier ones are intact. "
-                           f"What helps: {disk.advice(error)}", "run_dir")
+    return CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}; earlier ones are intact; "
+                           f"{disk.advice(error)}", "run_dir")
 
 
 @contextmanager

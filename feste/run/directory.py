@@ -227,12 +227,7 @@ class CheckpointWriter:
 
     def _run(self, paths: list[Path], snapshot: Snapshot) -> None:
         try:
-            write(paths[0], snapshot)
-            for path in paths[1:]:
-                try:
-                    disk.second_name(paths[0], path)
-                except OSError as error:
-                    raise cannot_write(path, error) from error
+            write_as(paths, snapshot)
             retain(paths[0].parent, self.keep_last)
         except BaseException as error:  # handed to the training thread
             self._error = error
@@ -253,6 +248,16 @@ class CheckpointWriter:
         """Until the save under way is done; raises its error."""
         self.settle()
         self.check()
+
+
+def write_as(paths: list[Path], snapshot: Snapshot) -> None:
+    """Write a snapshot under the first name, and let the others stand for the same file. CheckpointError if not."""
+    write(paths[0], snapshot)
+    for path in paths[1:]:
+        try:
+            disk.second_name(paths[0], path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------
