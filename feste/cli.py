@@ -163,7 +163,7 @@ def _plan(preset: Preset, args: argparse.Namespace) -> Plan:
     if args.resume is not None:
         return _resumed(args)
     source = _source(preset, args)
-    info = {"name": preset.name, "source": str(source), "data_flags": source.to_dict()}
+    info = {"name": preset.name, "source": args.data or str(source), "data_flags": source.to_dict()}
     if getattr(args, "checkpoint", None) is not None:
         model, tokenizer, tokens, config = _of_checkpoint(preset, args, source, info)
     else:
@@ -251,7 +251,8 @@ def _resumed(args: argparse.Namespace) -> Plan:
     if args.train_chars is not None:
         source = replace(source, train_chars=args.train_chars)
     tokens, _ = source.load(checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
-    kept = {"name": info.get("name", "resumed"), "source": str(source), "data_flags": source.to_dict()}
+    kept = {"name": info.get("name", "resumed"), "source": args.data or info.get("source", str(source)),
+            "data_flags": source.to_dict()}
     kept |= {"parent": info["parent"]} if "parent" in info else {}
     return plan.resumed(checkpoint, tokens, replace(saved, **named), args.run_dir or checkpoint.path.parent, kept)
 

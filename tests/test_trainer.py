@@ -22,14 +22,15 @@ from feste import (
     TrainConfig,
     cli,
     ops,
+    plan,
     read_info,
     read_rows,
     train_gpt2,
-    trainer,
 )
 from feste.cli import run_preset
 from feste.config import PRESETS
 from feste.optim import learning_rate_at
+from feste.run.log import RunDirectoryError
 from feste.run.names import COLUMNS
 from feste.trainer import TrainingDiverged
 
@@ -121,7 +122,7 @@ def test_a_saved_snapshot_does_not_see_later_steps(tmp_path):
 def test_a_run_directory_is_never_reused(tmp_path):
     train(tmp_path / "run")
     before = (tmp_path / "run" / "training_log.csv").read_bytes()
-    with pytest.raises(OSError, match="exists; a run directory is never reused"):
+    with pytest.raises(RunDirectoryError, match="exists; a run directory is never reused"):
         train(tmp_path / "run")
     assert (tmp_path / "run" / "training_log.csv").read_bytes() == before
 
@@ -225,10 +226,10 @@ def test_training_on_token_ids_is_training_on_their_text():
 
 
 def test_the_hash_of_a_corpus_is_that_of_its_ids(monkeypatch):
-    monkeypatch.setattr(trainer, "HASH_BLOCK", 7)
+    monkeypatch.setattr(plan, "HASH_BLOCK", 7)
     ids = np.arange(50)
     expected = hashlib.sha256(ids.astype(np.uint32)).hexdigest()
-    assert {trainer._sha256(ids.astype(kind)) for kind in (np.uint16, np.int32, np.int64)} == {expected}
+    assert {plan._sha256(ids.astype(kind)) for kind in (np.uint16, np.int32, np.int64)} == {expected}
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_a_run_the_disk_cannot_hold_is_refused(tmp_path, text_file, capsys, monk
     (["--vocab-size", "255"], "vocab_size must be an integer of at least 256"),
     (["--seq-len", "17"], "seq_len=17 is beyond the model's block_size=16"),
     (["--train-chars", "30"], "tokens, but one window"),
-    (["--train-chars", "0"], "--train-chars must be at least 1, got 0"),
+    (["--train-chars", "0"], "train_chars must be at least 1, got 0; see --train-chars"),
     (["--steps", "0"], "num_steps must be a positive integer"),
     (["--run-dir", "text.txt/run"], "cannot write the run directory text.txt/run: Not a directory"),
     (["--resume", "nowhere"], "nowhere is neither a checkpoint nor a run directory"),
@@ -363,8 +364,8 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, text_file, capsys):
     (tokens / "tokens.json").write_text(json.dumps({"file": "tokens.bin", "dtype": ids.dtype.name, "tokens": len(ids)}))
     other.save(tokens / "tokenizer.json")
     data, new = ["--data", str(tokens)], ["--run-dir", str(tmp_path / "run"), "--steps", "2"]
-    for flags, message in ((["--vocab-size", "280"], "--vocab-size 280 is less than the 300 tokens"),
-                           (["--train-chars", "9"], "--train-chars is for texts")):
+    for flags, message in ((["--vocab-size", "280"], "vocab_size=280 is less than the 300 tokens"),
+                           (["--train-chars", "9"], "train_chars is for texts")):
         assert run_preset("tiny", [*flags, *data, *new]) == 2
         assert message in capsys.readouterr().err
     assert run_preset("tiny", [*data, *new]) == 0
@@ -409,7 +410,7 @@ def test_the_examples_have_the_guides_settings(name):
     assert p.tokenizer_chars == p.train_chars and t.batch_size * t.accumulation == 8 and t.seq_len == m.block_size
     assert (t.warmup_fraction, t.clip_norm, t.val_interval, t.sample_interval, t.checkpoint_interval) == (
         0.1, 1.0, 50, 200, 250)
-    assert f'run_preset("{size}")' in (ROOT / "examples" / name).read_text()
+    assert f'run_preset("{size}"' in (ROOT / "examples" / name).read_text()
 
 
 def test_run_json_says_running_until_the_end(tmp_path):
