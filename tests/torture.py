@@ -18,10 +18,12 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -33,11 +35,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, find_checkpoint, read_info, read_rows, train_gpt2
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, disk, find_checkpoint, read_info, read_rows, train_gpt2
 from feste.params import ParameterTable
 from feste.run import checkpoint, directory
 from feste.run.checkpoint import CheckpointError, verify
-from feste.run.names import COLUMNS, LOG
+from feste.run.names import COLUMNS, FINAL, LOG
 from feste.tokenizer import TokenizerError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,16 +163,60 @@ def child(order: dict) -> int:
     """Train as the examples do, one line a step, with a fault in the middle.
 
     phase: where it comes, at: in the how manieth call of that phase; signals: those the process sends itself;
-    vanish: a directory to move away; largest: bytes a file may have, which stands for a full disk.
+    vanish: a directory to move away; largest: bytes a file may have, which stands for a full disk. ignored: signals
+    that are ignored from the start; lacks: what the surroundings lack, see `_without`; spare: bytes of memory that the
+    process may take after its first step.
     """
     from feste import cli, progress
-    progress.LINE_SECONDS = 0.0
+    progress.LINE_SECONDS, cli.SAMPLE_TOKENS = 0.0, 8
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits an ignored one
+    for number in order.get("ignored", ()):
+        signal.signal(number, signal.SIG_IGN)
+    for name, error in order.get("lacks", {}).items():
+        _without(name, error)
+    if "spare" in order:
+        _limit_memory_after_a_step(order["spare"])
     if "largest" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
     if "phase" in order:
         _disturb(order)
     return cli.run_preset("tiny", order["argv"])
+
+
+def _without(name: str, error: int) -> None:
+    """A file system or a machine that lacks something: flock, link, fsync (of directories), thread."""
+    def lacking(*args, **kwargs):
+        raise OSError(error, os.strerror(error))
+
+    if name == "flock":
+        disk.fcntl.flock = lacking
+    elif name == "link":
+        os.link = lacking
+    elif name == "fsync":
+        fsync = os.fsync
+        os.fsync = lambda fd: lacking() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+    elif name == "thread":
+        start = threading.Thread.start
+
+        def refused(thread):
+            if thread.name == "feste-checkpoint":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        threading.Thread.start = refused
+
+
+def _limit_memory_after_a_step(spare: int) -> None:
+    """The process may take `spare` more bytes than it has when its first update is done."""
+    original = AdamW.step
+
+    def step(*args, **kwargs):
+        norm = original(*args, **kwargs)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if AdamW.step is step:
+            AdamW.step = original
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
+        return norm
+    AdamW.step = step
 
 
 def _disturb(order: dict) -> None:
@@ -548,11 +594,27 @@ def _try_tokenizer(tally: Tally, path: Path) -> None:
 PHASES = {"step": 7, "validation": 2, "sampling": 2, "saving": 2}  # phase -> in which of its calls
 
 
-def signals(folder: Path, numbers=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> Tally:
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def _whole(folder: Path) -> Path:
+    """A run that was left alone."""
+    whole = folder / "whole"
+    if not whole.exists():
+        code, out, err = run(arguments(folder, whole))
+        assert code == 0, err or out
+    return whole
+
+
+def _is_whole(folder: Path, run_dir: Path) -> bool:
+    """Whether a run is to the bit that which was left alone."""
+    whole = _whole(folder)
+    return history(run_dir) == history(whole) and not differences(run_dir / FINAL, whole / FINAL)
+
+
+def signals(folder: Path, numbers=STOPPING) -> Tally:
     """One signal in each phase: saved at a step boundary, exit 128 + n; resumed, the run is the uninterrupted one."""
-    tally, whole = Tally("signal in a phase of training", detected=0), folder / "whole"
-    code, out, err = run(arguments(folder, whole))
-    assert code == 0, err or out
+    tally = Tally("signal in a phase of training", detected=0)
     for phase, at in PHASES.items():
         for number in numbers:
             run_dir = folder / f"{phase}_{int(number)}"
@@ -561,14 +623,66 @@ def signals(folder: Path, numbers=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             stopped = (code == 128 + number and info.get("state") == "interrupted"
                        and info.get("reason") == signal.Signals(number).name)
             code, _, err = run(["--resume", str(run_dir)])
-            same = code == 0 and history(run_dir) == history(whole) and not differences(
-                run_dir / "checkpoint_final.bin", whole / "checkpoint_final.bin")
+            same = code == 0 and _is_whole(folder, run_dir)
             tally.tried += 1
             tally.detected += stopped
             tally.survived += same
             tally.lost += not (stopped and same)
             tally.note += "" if stopped and same else f"{phase} {number}: {err.strip()[-80:]}; "
-    tally.note = tally.note or "exit 129, 130 and 143; resumed, each equals the uninterrupted run to the bit"
+    tally.note = tally.note or "exit 128 + signal; resumed, each equals the uninterrupted run to the bit"
+    return tally
+
+
+# ---- surroundings ------------------------------------------------------------------------------------------
+
+WIDE = {"n_embd": 512, "n_layers": 4, "num_steps": 3}  # a model whose copy takes 150 MB
+SURROUNDINGS = {  # what is lacking or sent -> the order to the process, and what it says about it in one line
+    "file system without flock": ({"lacks": {"flock": errno.ENOSYS}}, "has no locks"),
+    "file system out of locks": ({"lacks": {"flock": errno.ENOLCK}}, "has no locks"),
+    "directories cannot be flushed": ({"lacks": {"fsync": errno.EINVAL}}, "cannot flush a directory"),
+    "file system without hard links": ({"lacks": {"link": errno.EPERM}}, None),
+    "none of the three": ({"lacks": {"flock": errno.ENOSYS, "fsync": errno.EINVAL, "link": errno.ENOSYS}}, "has no"),
+    "no thread for saving": ({"lacks": {"thread": 0}}, "training waits for every checkpoint"),
+    "no memory for the snapshot": ({"spare": 20 << 20}, "training waits for every checkpoint"),
+    "signals that are ignored at the start": (
+        {"ignored": [signal.SIGINT, signal.SIGHUP], "phase": "step", "at": 7,
+         "signals": [signal.SIGINT, signal.SIGHUP]}, None),
+}
+
+
+def surroundings(folder: Path, names=tuple(SURROUNDINGS)) -> list[Tally]:
+    """Each is no reason to fail: the run ends as the one that was left alone, with one line on what is lost by it."""
+    return [_in_surroundings(folder, name, *SURROUNDINGS[name]) for name in names]
+
+
+def _in_surroundings(folder: Path, name: str, order: dict, said: str | None) -> Tally:
+    tally, run_dir = Tally(name, tried=1), folder / name.replace(" ", "_")
+    settings = WIDE if "spare" in order else {}
+    code, out, err = run(arguments(folder, run_dir, **settings), **order)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    tally.detected = int(not err and (any(said in note for note in notes) if said else not notes))
+    if code == 0:
+        tally.survived = int(verify(run_dir / FINAL) == 3 if settings else _is_whole(folder, run_dir))
+    tally.lost = int(not (tally.survived and tally.detected))
+    tally.note = err.strip()[-150:] if tally.lost else "; ".join(note.removeprefix("note: ") for note in notes)
+    return tally
+
+
+def simultaneous(folder: Path, count: int = 4) -> Tally:
+    """Runs started at the same instant, without a name of their own for the directory."""
+    tally = Tally("runs started in the same second", detected=None)
+    data = arguments(folder, folder / "unused")
+    at = data.index("--run-dir")
+    argv = [*data[:at], *data[at + 2:]]
+    place = folder / "simultaneous"
+    place.mkdir()
+    started = [subprocess.Popen(command(argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=ENVIRONMENT, cwd=place) for _ in range(count)]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    tally.tried, whole = count, [run_dir for run_dir in (place / "data").iterdir() if _is_whole(folder, run_dir)]
+    tally.survived, tally.lost = len(whole), count - len(whole)
+    tally.note = "; ".join(text.strip()[-100:] for text, process in zip(said, started, strict=True)
+                           if process.returncode) or f"{len(whole)} directories"
     return tally
 
 
@@ -586,6 +700,8 @@ def torture(folder: Path, quick: bool = False) -> Iterator[Tally]:
     yield forged_files(folder)
     yield from damaged_tokenizers(folder, 100 if quick else 3000)
     yield signals(folder)
+    yield from surroundings(folder)
+    yield simultaneous(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,11 @@ from feste.tokenizer import BPETokenizer
 
 def require_new(path: Path) -> None:
     """RunDirectoryError unless a new run may begin in `path`: it is not there, or empty."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise failure(path, error) from error
+    if occupied:
         raise RunDirectoryError(f"{path} exists; a run directory is never reused", "run_dir", "resume")
 
 
