@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from feste.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what an editor sees
     from feste.config import PRESETS, Config, TrainConfig
@@ -36,31 +36,7 @@ _HOME = {
     "trainer": ("TrainResult", "train_gpt2"),
 }
 
-__all__ = [
-    "GPT2",
-    "PRESETS",
-    "AdamW",
-    "BPETokenizer",
-    "Batches",
-    "Checkpoint",
-    "Config",
-    "FesteError",
-    "RunReader",
-    "Sampler",
-    "TrainConfig",
-    "TrainResult",
-    "bits_per_byte",
-    "find_checkpoint",
-    "held_out_loss",
-    "learning_rate_at",
-    "perplexity",
-    "read_info",
-    "read_rows",
-    "read_text",
-    "shakespeare_text",
-    "split_tokens",
-    "train_gpt2",
-]
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name: str):

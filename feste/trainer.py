@@ -31,6 +31,7 @@ from feste.plan import Plan
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import RunDirectory
 from feste.tokenizer import BPETokenizer
+from feste.version import __version__
 
 SAMPLE_TEMPERATURE = 0.8
 MAX_SKIPPED_IN_A_ROW = 10
@@ -182,7 +183,6 @@ class Run:
 
     def description(self) -> dict:
         """The part of run.json that does not change."""
-        from feste import __version__
         return {"model": self.model.config.to_dict(), "train": self.config.to_dict(),
                 "parameters": self.model.num_parameters(), "tokens": len(self.plan.tokens),
                 "tokens_per_step": self.config.tokens_per_step, "planned_steps": self.config.num_steps,

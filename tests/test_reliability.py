@@ -1,4 +1,4 @@
-"""Never lose a run: the short forms of tests/torture.py, and what needs no numbers."""
+"""Never lose a run: the short forms of tests/torture, and what needs no numbers."""
 
 import errno
 import fcntl
@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import termios
 import time
 
@@ -478,7 +479,7 @@ def test_every_signal_in_every_phase(tmp_path):
 
 
 def test_the_table_is_printed():
-    done = subprocess.run([torture.sys.executable, "-m", "tests.torture", "--help"], cwd=torture.ROOT,
+    done = subprocess.run([sys.executable, "-m", "tests.torture", "--help"], cwd=torture.ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout
     assert torture.Tally("x", 1, None, 1).row() == "| x | 1 |  | 1 | 0 |  |"

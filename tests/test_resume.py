@@ -96,12 +96,12 @@ def test_every_row_but_those_beyond_the_checkpoint_is_kept_as_it_is(tmp_path):
 
 
 def test_a_sample_with_any_line_end_can_be_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_sample", lambda run, step: f'{step}\r,"\n\r\n\u2028\x0b\0')
+    monkeypatch.setattr(trainer, "_sample", lambda run, step: f'{step}\r,"\n\r\n\u2028\x0b')
     train(tmp_path / "whole", keep_last=9)
     halves = half_of(tmp_path / "whole", 15, tmp_path / "halves")
     train(halves, resume=halves, keep_last=9)
     assert history(halves) == history(tmp_path / "whole")
-    assert history(halves)[9][-1] == '10\r,"\n\r\n\u2028\x0b\0'
+    assert history(halves)[9][-1] == '10\r,"\n\r\n\u2028\x0b'
 
 
 # ---- changes -----------------------------------------------------------------------------------------------

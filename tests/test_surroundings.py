@@ -90,7 +90,7 @@ def test_the_warning_of_a_batch_system_saves_and_ends_the_run(folder, tmp_path, 
     assert verify(find_checkpoint(run_dir)[0]) == 7
     assert (read_info(run_dir)["state"], read_info(run_dir)["reason"]) == ("interrupted", number.name)
     code, _, err = run(["--resume", str(run_dir)])
-    assert code == 0 and torture._is_whole(folder, run_dir), err
+    assert code == 0 and torture.is_whole(folder, run_dir), err
 
 
 def test_a_signal_the_program_uses_itself_stays_its_own(tmp_path):
