@@ -74,7 +74,8 @@ def _in_surroundings(folder: Path, name: str, order: dict, said: str | None) -> 
     if code == 0:
         tally.survived = int(verify(run_dir / FINAL) == 3 if settings else is_whole(folder, run_dir))
     tally.lost = int(not (tally.survived and tally.detected))
-    tally.note = err.strip()[-150:] if tally.lost else "; ".join(note.removeprefix("note: ") for note in notes).replace(f"{folder}/", "")
+    said_in_all = "; ".join(note.removeprefix("note: ") for note in notes).replace(f"{folder}/", "")
+    tally.note = err.strip()[-150:] if tally.lost else said_in_all
     return tally
 
 
