@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from feste import ops, reference
-from feste.memory import zeros
+from feste.ops import zeros
 
 B, T, H, D, V = 8, 256, 4, 64, 1536  # sequences, tokens, heads, channels of a head, vocabulary
 C, rows = H * D, B * T

@@ -363,7 +363,8 @@ def show_samples(the_plan: Plan) -> None:
     for prompt in PROMPTS:
         ids = the_plan.tokenizer.encode(prompt)
         for temperature in TEMPERATURES:
-            new = the_plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=the_plan.config.seed)
+            new = the_plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=the_plan.config.seed,
+                                          vocab_size=the_plan.tokenizer.vocab_size)
             print(f"\n--- temperature {temperature} ---\n{clean(the_plan.tokenizer.decode(new))}")
 
 

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 
-from feste import ops
+from feste import ops, transformer
 from feste.config import Config
-from feste.memory import zeros
+from feste.errors import FesteError
+from feste.transformer import Activations, Block, Dropout, Pass, Weights
 
 
 class Sampler:
     """Draws tokens from logits. Temperature 0 is argmax; top_k and top_p cut the tail of the distribution.
 
-    top_p is nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751. The same seed draws the same tokens;
-    None draws new ones each time.
+    top_p is nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751. vocab_size draws from the first so many tokens
+    only. The same seed draws the same tokens; None draws new ones each time. FesteError for a setting out of range.
     """
 
     def __init__(self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 seed: int | None = None) -> None:
+                 seed: int | None = None, vocab_size: int | None = None) -> None:
         if not (temperature >= 0.0 and np.isfinite(temperature)):
-            raise ValueError(f"temperature must be 0 or more, got {temperature}")
+            raise FesteError(f"temperature must be 0 or more, got {temperature}", "temperature")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+            raise FesteError(f"top_k must be at least 1 or None, got {top_k}", "top_k")
         if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1] or be None, got {top_p}")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+            raise FesteError(f"top_p must lie in (0, 1] or be None, got {top_p}", "top_p")
+        if vocab_size is not None and vocab_size < 1:
+            raise FesteError(f"vocab_size must be at least 1 or None, got {vocab_size}", "vocab_size")
+        self.temperature, self.top_k, self.top_p, self.vocab_size = temperature, top_k, top_p, vocab_size
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, logits: np.ndarray) -> int:
         """One token from logits (V)."""
+        logits = logits[:self.vocab_size]
         if self.temperature == 0.0:
             return int(logits.argmax())
         scaled = logits.astype(np.float64)
@@ -46,99 +51,146 @@ class Sampler:
         return min(int(total.searchsorted(self.rng.random() * total[-1], side="right")), logits.size - 1)
 
     def _keep_nucleus(self, weights: np.ndarray) -> None:
+        """Zero all but the fewest largest weights (V) that make up top_p of their sum."""
         order = np.argsort(-weights, kind="stable")
         before = weights[order].cumsum() - weights[order]
         weights[order[before >= self.top_p * weights.sum()]] = 0.0
 
 
 class Cache:
-    """Keys and values of every block for B sequences, (B, H, block_size, D) each, and room for one token."""
+    """Keys and values of every block for B sequences, (n_layers, B, H, block_size, D) each, of `length` tokens."""
 
     def __init__(self, c: Config, B: int) -> None:
-        self.B, self.H, self.D, self.block_size = B, c.n_heads, c.head_size, c.block_size
+        self.heads, self.head_size, self.block_size = c.n_heads, c.head_size, c.block_size
         shape = (c.n_layers, B, c.n_heads, c.block_size, c.head_size)
-        self.k, self.v = zeros(*shape), zeros(*shape)
+        self.k, self.v = ops.zeros(*shape), ops.zeros(*shape)
         self.length = 0
-        C = c.n_embd
-        self.x, self.mid, self.ln, self.att = (zeros(B, C) for _ in range(4))
-        self.qkv = zeros(B, 3 * C)
-        self.fc, self.gelu = zeros(B, 4 * C), zeros(B, 4 * C)
-        self.mean, self.rstd = zeros(B), zeros(B)
-        self.logits = zeros(B, c.vocab_size)
 
     def store(self, layer: int, qkv: np.ndarray, T: int) -> None:
-        """Take over the keys and values of a pass over T tokens; one sequence serves all, or each its own."""
-        heads = np.moveaxis(qkv.reshape(-1, T, 3, self.H, self.D), (2, 3), (0, 2))
+        """Keys and values of a pass over T tokens, qkv (n T, 3C); one sequence serves all, or each its own."""
+        heads = np.moveaxis(qkv.reshape(-1, T, 3, self.heads, self.head_size), (2, 3), (0, 2))
         self.k[layer, :, :, :T], self.v[layer, :, :, :T] = heads[1], heads[2]
-        self.length = T
 
 
-class Weights:
-    """The matrices of a model as decoding reads them: in place, or in bf16 packed once, at half the bytes."""
+class _Reading(Pass):
+    """A pass over whole sequences that leaves their keys and values in a cache."""
 
-    def __init__(self, head: np.ndarray, blocks: list, packed: bool) -> None:
-        self.packed = packed
-        self.head = self._prepare(head, transposed=True)
-        names = ("c_attn", "attn_proj", "c_fc", "mlp_proj")
-        self.blocks = [{name: (self._prepare(getattr(w, name)[0]), getattr(w, name)[1]) for name in names}
-                       for w in blocks]
+    def __init__(self, config: Config, act: Activations, bf16: bool, cache: Cache) -> None:
+        super().__init__(config, act, bf16, Dropout())
+        self.cache = cache
 
-    def _prepare(self, weight: np.ndarray, transposed: bool = False) -> np.ndarray:
-        if not self.packed:
-            return weight
+    def attend(self, a: SimpleNamespace, layer: int) -> None:
+        super().attend(a, layer)
+        self.cache.store(layer, a.qkv, self.act.shape[1])
+
+
+class _Appending(Pass):
+    """A pass over one token of each sequence, which attends to those in the cache and to itself."""
+
+    def __init__(self, config: Config, act: Activations, packed: bool, cache: Cache) -> None:
+        super().__init__(config, act, False, Dropout())
+        self.cache = cache
+        if packed:
+            self.linear = _packed_linear
+
+    def attend(self, a: SimpleNamespace, layer: int) -> None:
+        cache = self.cache
+        ops.attention_decode(a.att, cache.k[layer], cache.v[layer], a.qkv, self.act.shape[0], self.heads,
+                             self.head_size, cache.length, cache.block_size)
+
+    def project(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray, layer: int,
+                site: int) -> None:
+        self.linear(out, x, parameters, residual)
+
+
+def _packed_linear(out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
+    """out (B, N) = x (B, K) @ weight + bias (N) + residual (B, N), of a weight that was packed in bfloat16."""
+    B, K = x.shape
+    ops.packed_forward(out, x, *parameters, residual, B, K, out.shape[1])
+
+
+class Decoder:
+    """Continues `num_samples` sequences that begin alike, a token at a time.
+
+    With bf16 the matrices are packed in bfloat16 once: a token reads each of them, at half the bytes.
+    """
+
+    def __init__(self, config: Config, weights: Weights, bf16: bool, num_samples: int) -> None:
+        self.config, self.weights, self.bf16, self.num_samples = config, weights, bf16, num_samples
+        self.cache = Cache(config, num_samples)
+        self._reading: Activations | None = None
+        self._appending = _Appending(config, Activations(config, num_samples, 1, keep=False), bf16, self.cache)
+        self._logits = ops.zeros(num_samples, config.vocab_size)
+        self._decoding = _packed(weights, config) if bf16 else weights
+
+    def stream(self, prompt_ids, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
+        """The next token of each sequence, max_new_tokens times. FesteError, at once, for a prompt that is not one.
+
+        The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
+        shifts all of them and the context is read again.
+        """
+        return self._stream(self._check(prompt_ids, max_new_tokens), max_new_tokens, sampler)
+
+    def _stream(self, prompt: np.ndarray, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
+        B, block_size = self.num_samples, self.config.block_size
+        context = np.tile(prompt[-block_size:], (B, 1))
+        ids: list[int] = []
+        for _ in range(max_new_tokens):
+            if not ids:
+                logits = self.read(context[:1])
+            else:
+                new = np.array(ids, np.int32).reshape(B, 1)
+                context = np.concatenate([context, new], axis=1)[:, -block_size:]
+                logits = self.append(new) if self.cache.length < block_size else self.read(context)
+            ids = [sampler(logits[b % len(logits)]) for b in range(B)]
+            yield ids
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Fill the cache from whole sequences (n, T), n = 1 or num_samples; the logits (n, V) of their last tokens."""
+        n, T = ids.shape
+        V, C = self.config.vocab_size, self.config.n_embd
+        if self._reading is None or self._reading.shape != (n, T):
+            self._reading = Activations(self.config, n, T, keep=False)
+        transformer.forward(_Reading(self.config, self._reading, self.bf16, self.cache), self.weights,
+                            np.ascontiguousarray(ids))
+        self.cache.length = T
+        last = np.ascontiguousarray(self._reading.ln_f.reshape(n, T, C)[:, -1])
+        ops.gemm(self._logits[:n], last, self.weights.head, n, V, C, trans_b=True, bf16=self.bf16)
+        return self._logits[:n]
+
+    def append(self, ids: np.ndarray) -> np.ndarray:
+        """Append one token (num_samples, 1) to each cached sequence; the logits (num_samples, V)."""
+        run, w, logits = self._appending, self._decoding, self._logits
+        transformer.forward(run, w, ids, self.cache.length)
+        (B, V), C = logits.shape, self.config.n_embd
+        if self.bf16:
+            ops.packed_forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
+        else:
+            ops.gemm(logits, run.act.ln_f, w.head, B, V, C, trans_b=True)
+        self.cache.length += 1
+        return logits
+
+    def _check(self, prompt_ids, max_new_tokens: int) -> np.ndarray:
+        """The prompt as an int32 array, or FesteError."""
+        prompt, vocab_size = np.asarray(list(prompt_ids)), self.config.vocab_size
+        if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
+            raise FesteError("the prompt must be a sequence of at least one token id", "prompt_ids")
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            bad = prompt.min() if prompt.min() < 0 else prompt.max()
+            raise FesteError(f"token ids must lie in 0 .. {vocab_size - 1}, the prompt has {bad}", "prompt_ids")
+        if max_new_tokens < 0:
+            raise FesteError(f"max_new_tokens must be 0 or more, got {max_new_tokens}", "max_new_tokens")
+        return prompt.astype(np.int32)
+
+
+def _packed(w: Weights, config: Config) -> SimpleNamespace:
+    """Weights whose matrices are packed in bfloat16 for `ops.packed_forward`; biases and layer norms stay float32."""
+    def pack(weight: np.ndarray, transposed: bool = False) -> np.ndarray:
         K, N = weight.shape[::-1] if transposed else weight.shape
-        packed = zeros(ops.packed_size(K, N), dtype=np.int32)
+        packed = ops.zeros(ops.packed_size(K, N), dtype=np.int32)
         ops.pack_weight(packed, weight, K, N, transposed)
         return packed
 
-    def linear(self, out: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray,
-               residual: np.ndarray | None) -> None:
-        """out (B, N) = x (B, K) @ weight + bias + residual."""
-        (B, K), N = x.shape, out.shape[1]
-        if self.packed:
-            ops.packed_forward(out, x, weight, bias, residual, B, K, N)
-        else:
-            ops.linear_forward(out, x, weight, bias, residual, B, K, N)
-
-    def logits(self, out: np.ndarray, x: np.ndarray) -> None:
-        (B, C), V = x.shape, out.shape[1]
-        if self.packed:
-            ops.packed_forward(out, x, self.head, None, None, B, C, V)
-        else:
-            ops.gemm(out, x, self.head, B, V, C, trans_b=True)
-
-
-def check_request(prompt_ids, max_new_tokens: int, vocab_size: int) -> np.ndarray:
-    """The prompt as an integer array, or ValueError."""
-    prompt = np.asarray(list(prompt_ids))
-    if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
-        raise ValueError("the prompt must be a sequence of at least one token id")
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        bad = prompt.min() if prompt.min() < 0 else prompt.max()
-        raise ValueError(f"token ids must lie in 0 .. {vocab_size - 1}, the prompt has {bad}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    return prompt.astype(np.int32)
-
-
-def generate(prompt: np.ndarray, cache: Cache, max_new_tokens: int, sampler: Sampler,
-             read: Callable[[np.ndarray], np.ndarray],
-             decode: Callable[[np.ndarray], np.ndarray]) -> Iterator[list[int]]:
-    """Yield the next tokens of cache.B sequences that start with one prompt, max_new_tokens times.
-
-    read fills the cache from whole sequences (n, T), decode appends a token to each (B, 1); both return logits (n, V).
-    The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
-    shifts all of them and the context is read again.
-    """
-    block_size = cache.block_size
-    context = np.tile(prompt[-block_size:], (cache.B, 1))
-    ids: list[int] = []
-    for _ in range(max_new_tokens):
-        if not ids:
-            logits = read(context[:1])
-        else:
-            new = np.array(ids, np.int32).reshape(cache.B, 1)
-            context = np.concatenate([context, new], axis=1)[:, -block_size:]
-            logits = decode(new) if cache.length < block_size else read(context)
-        ids = [sampler(logits[b % len(logits)]) for b in range(cache.B)]
-        yield ids
+    blocks = [Block(b.ln_1, *((pack(weight), bias) for weight, bias in (b.c_attn, b.attn_proj)), b.ln_2,
+                    *((pack(weight), bias) for weight, bias in (b.c_fc, b.mlp_proj))) for b in w.blocks]
+    return SimpleNamespace(wte=w.wte, wpe=w.wpe, ln_f=w.ln_f, blocks=blocks, head=pack(w.head, transposed=True))

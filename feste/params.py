@@ -8,7 +8,7 @@ so weight decay applies to one contiguous range.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,28 @@ def _parameters(config: Config) -> Iterator[Parameter]:
         yield _matrix("lm_head.weight", V, C)
 
 
+class Views(Mapping):
+    """Names of parameters and their views of a flat buffer. Assigning to a name writes into its view."""
+
+    def __init__(self, views: dict[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        self._views[name][...] = value
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name} {view.shape}" for name, view in self._views.items())
+
+
 class ParameterTable:
     """The parameters of a model. Iterates over `Parameter`s; `size` and `decayed_size` count float32 elements."""
 
@@ -81,11 +103,11 @@ class ParameterTable:
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.entries)
 
-    def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+    def views(self, flat: np.ndarray) -> Views:
         """Name -> view of a flat buffer of `size` elements, in the parameter's shape."""
         if flat.shape != (self.size,):
             raise ValueError(f"the flat buffer must have shape ({self.size},), got {flat.shape}")
-        return {p.name: flat[p.offset:p.offset + p.size].reshape(p.shape) for p in self.entries}
+        return Views({p.name: flat[p.offset:p.offset + p.size].reshape(p.shape) for p in self.entries})
 
     def initialise(self, flat: np.ndarray, seed: int) -> None:
         """Fill a flat buffer with initial values; a pure function of the seed."""

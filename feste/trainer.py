@@ -144,8 +144,9 @@ def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
 
 def _sample(run: Run, step: int) -> str:
     """Text of the model; it has a seed of its own, so that it does not disturb the run."""
-    return run.tokenizer.decode(run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE,
-                                                   seed=run.config.seed + step))
+    ids = run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE, seed=run.config.seed + step,
+                             vocab_size=run.tokenizer.vocab_size)
+    return run.tokenizer.decode(ids)
 
 
 class Run:

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from feste import GPT2, AdamW, Config, ops
+from feste import GPT2, AdamW, Config, ops, train_gpt2
 from feste.config import PRESETS
 from feste.generation import Sampler
-from feste.memory import CACHE_LINE, zeros
+from feste.ops import CACHE_LINE, zeros
 from feste.params import ParameterTable
+from feste.transformer import Activations
 
 RNG = np.random.default_rng(11)
 SMALL = Config(vocab_size=37, n_embd=24, n_layers=2, n_heads=3, block_size=20)
@@ -58,7 +59,7 @@ def test_everything_a_step_touches_begins_at_a_cache_line(name):
     ids, targets = batch_of(config, 2)
     model.forward_backward(ids, targets)
     [act] = model._activations.values()
-    activations = [value for part in (act, *act.layers) for value in vars(part).values()]
+    activations = [value for part in (act, *act.blocks) for value in vars(part).values()]
     buffers = [model.flat_params, model.flat_grads, optimizer.m, optimizer.v, *model.params.values(),
                *(value for value in activations if isinstance(value, np.ndarray))]
     assert len(buffers) > 50
@@ -307,3 +308,38 @@ def test_an_error_leaves_the_gradients_alone():
     with pytest.raises(ValueError):
         model.forward_backward(np.array([[1, 2]], np.int32), np.array([[1, 99]], np.int32))
     assert not model.flat_grads.any()
+
+
+# ---- what is counted, what is drawn ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("config", [SMALL, variant(dropout=0.1), variant(tie_weights=True, n_layers=1, vocab_size=900)])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 20), (40, 20)])
+def test_the_memory_that_is_counted_is_the_memory_that_is_taken(config, B, T, keep):
+    act = Activations(config, B, T, keep)
+    taken = {id(array): array.nbytes for part in (act, *act.blocks) for array in vars(part).values()
+             if isinstance(array, np.ndarray)}
+    assert Activations.nbytes_of(config, B, T, keep) == sum(taken.values())
+    model = GPT2(config)
+    optimizer = AdamW(model)
+    flats = sum(flat.nbytes for flat in (model.flat_params, model.flat_grads, optimizer.m, optimizer.v))
+    assert model.memory_bytes(B, T) == flats + Activations.nbytes_of(config, B, T, keep=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 30}, {"top_p": 0.9}])
+def test_tokens_beyond_the_tokenizers_are_never_drawn(settings):
+    model = GPT2(SMALL)
+    model.params["lm_head.weight"][10:] *= 50.0  # the model would say little else
+    model.params["transformer.wpe.weight"] += 1.0
+    assert max(model.generate([1], 60, seed=1, **settings)) >= 10
+    assert max(model.generate([1], 60, seed=1, vocab_size=10, **settings)) < 10
+    assert max(map(max, model.generate_batch([1], 3, 60, seed=1, vocab_size=10, **settings))) < 10
+    assert model.generate([1], 60, seed=1, vocab_size=37, **settings) == model.generate([1], 60, seed=1, **settings)
+
+
+def test_a_tokenizer_smaller_than_the_model_ends_no_run(tmp_path):
+    from torture import tokenizer, tokens
+    model = GPT2(Config(5000, 16, 1, 1, 16))
+    result = train_gpt2(model, tokenizer(), tokens(), 10, 1e-3, 16, tmp_path / "run", sample_interval=1)
+    assert result.state == "finished"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from feste import ops
-from feste.memory import zeros
+from feste.ops import zeros
 from tools.bench.clock import measured_peak, seconds_per_call
 from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 

@@ -1,0 +1,253 @@
+"""The transformer between token ids and its last layer norm, forward and backward: the order in which the kernels run.
+
+One block, with the names of Hugging Face's GPT-2 (Radford et al. 2019), forward:
+
+    ln_1 = layernorm(x)                 qkv = ln_1 @ c_attn          att = attention(qkv)
+    mid = x + att @ attn.c_proj         ln_2 = layernorm(mid)        fc = ln_2 @ c_fc
+    x' = mid + gelu(fc) @ mlp.c_proj
+
+and backward the same lines from the last to the first. Training, evaluation and decoding run the one description of it,
+`forward`; how they differ (dropout, a cache, packed weights) is in the `Pass` they hand to it.
+
+A training pass keeps per token and block: x', ln_1, qkv (3C), att, mid, ln_2 and fc (4C), 12 C floats; gelu(fc) is made
+again. Shapes: B sequences, T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from feste import ops
+from feste.config import Config
+
+HEAD_ROWS = 512  # rows whose logits are in memory at once: V = 50,257 makes 100 MB of them, and 8,192 rows 1.6 GB
+EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block that have dropout
+
+
+# ---- parameters by their roles -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters of one block, or their gradients: (weight, bias) each."""
+
+    ln_1: tuple      # (C), (C)
+    c_attn: tuple    # (C, 3C), (3C)
+    attn_proj: tuple # (C, C), (C)
+    ln_2: tuple      # (C), (C)
+    c_fc: tuple      # (C, 4C), (4C)
+    mlp_proj: tuple  # (4C, C), (C)
+
+
+class Weights:
+    """The parameters of a model, or their gradients, without the long names.
+
+    wte (V, C) and head (V, C), which are one array if the weights are tied; wpe (block_size, C); blocks; ln_f.
+    """
+
+    def __init__(self, views: Mapping[str, np.ndarray], config: Config) -> None:
+        def pair(name: str) -> tuple:
+            return views[f"transformer.{name}.weight"], views[f"transformer.{name}.bias"]
+
+        self.wte, self.wpe = views["transformer.wte.weight"], views["transformer.wpe.weight"]
+        self.head = self.wte if config.tie_weights else views["lm_head.weight"]
+        self.ln_f = pair("ln_f")
+        self.blocks = [Block(*(pair(f"h.{i}.{name}") for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2",
+                                                                  "mlp.c_fc", "mlp.c_proj")))
+                       for i in range(config.n_layers)]
+
+
+# ---- buffers -----------------------------------------------------------------------------------------------
+
+
+class Activations:
+    """The buffers of one pass over B sequences of T tokens, as the tables below say.
+
+    With keep, every block has a set of its own, as the backward pass needs them, and there are gradients; without, all
+    blocks share one set. `nbytes_of` counts what would be taken.
+    """
+
+    @staticmethod
+    def shared_shapes(config: Config, B: int, T: int) -> dict[str, tuple[int, ...]]:
+        """Buffers that a pass has once. The last three are the head's; logits hold HEAD_ROWS rows at a time."""
+        rows, C = B * T, config.n_embd
+        return {"x": (rows, C),  # the embedding's output, the first block's input
+                "gelu": (rows, 4 * C), "ln_f": (rows, C), "mean": (rows,), "rstd": (rows,),
+                # a projection, or its gradient, on its way through dropout
+                **({"dropped": (rows, C)} if config.dropout > 0.0 else {}),
+                "losses": (rows,), "lse": (rows,), "logits": (min(rows, HEAD_ROWS), config.vocab_size)}
+
+    @staticmethod
+    def block_shapes(config: Config, B: int, T: int) -> dict[str, tuple[int, ...]]:
+        """Buffers of a block. mean, rstd and lse (log of the sum of exponentials) are statistics for the way back."""
+        rows, C = B * T, config.n_embd
+        return {"ln_1": (rows, C), "mean_1": (rows,), "rstd_1": (rows,), "qkv": (rows, 3 * C), "att": (rows, C),
+                "lse": (B, config.n_heads, T), "mid": (rows, C), "ln_2": (rows, C), "mean_2": (rows,),
+                "rstd_2": (rows,), "fc": (rows, 4 * C), "x": (rows, C)}
+
+    @staticmethod
+    def gradient_shapes(config: Config, B: int, T: int) -> dict[str, tuple[int, ...]]:
+        """Gradients of activations, which pass from block to block in the same buffers."""
+        rows, C = B * T, config.n_embd
+        return {"dx": (rows, C), "dln": (rows, C), "dfc": (rows, 4 * C), "dqkv": (rows, 3 * C)}
+
+    def __init__(self, config: Config, B: int, T: int, keep: bool) -> None:
+        self.shape = (B, T)
+        shared, block, gradients = self._tables(config, B, T, keep)
+        for name, shape in {**shared, **gradients}.items():
+            setattr(self, name, ops.zeros(*shape))
+        sets = [SimpleNamespace(**{name: ops.zeros(*shape) for name, shape in block.items()})
+                for _ in range(config.n_layers if keep else 1)]
+        self.blocks = sets if keep else sets * config.n_layers
+
+    @classmethod
+    def nbytes_of(cls, config: Config, B: int, T: int, keep: bool) -> int:
+        """Bytes of the buffers for these arguments, without taking them."""
+        shared, block, gradients = ({name: math.prod(shape) for name, shape in table.items()}
+                                    for table in cls._tables(config, B, T, keep))
+        floats = sum(shared.values()) + sum(gradients.values()) + sum(block.values()) * (config.n_layers if keep else 1)
+        return floats * np.dtype(np.float32).itemsize
+
+    @classmethod
+    def _tables(cls, config: Config, B: int, T: int, keep: bool) -> tuple[dict, dict, dict]:
+        return (cls.shared_shapes(config, B, T), cls.block_shapes(config, B, T),
+                cls.gradient_shapes(config, B, T) if keep else {})
+
+
+# ---- what differs from pass to pass ------------------------------------------------------------------------
+
+
+class Dropout:
+    """The masks of one pass: a pure function of (seed, key, layer, site). With p = 0 nothing is dropped."""
+
+    def __init__(self, p: float = 0.0, seed: int = 0, key: int = 0) -> None:
+        self.p, self._mixed = p, seed * 0xD1342543DE82EF95 + key * 0xA24BAED4963EE407
+
+    def key(self, layer: int, site: int) -> int:
+        """64 bits for one place; the kernels hash them further, with the number of the element."""
+        mixed = self._mixed + (layer * 4 + site + 1) * 0x9FB21C651E98DF25
+        return (mixed ^ (mixed >> 32)) & 0xFFFFFFFFFFFFFFFF
+
+    def forward(self, out: np.ndarray, x: np.ndarray, residual: np.ndarray | None, layer: int, site: int) -> None:
+        """out = residual + dropout(x)."""
+        ops.dropout_forward(out, x, residual, self.p, self.key(layer, site), x.size)
+
+    def backward(self, dx: np.ndarray, dy: np.ndarray, layer: int, site: int) -> None:
+        """dx of y = dropout(x)."""
+        ops.dropout_backward(dx, dy, self.p, self.key(layer, site), dy.size)
+
+
+class Pass:
+    """A pass over whole sequences: every token attends to itself and those before it in its sequence."""
+
+    def __init__(self, config: Config, act: Activations, bf16: bool, dropout: Dropout) -> None:
+        self.act, self.bf16, self.dropout = act, bf16, dropout
+        self.heads, self.head_size = config.n_heads, config.head_size
+
+    def linear(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
+        """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N)."""
+        rows, K = x.shape
+        ops.linear_forward(out, x, *parameters, residual, rows, K, out.shape[1], self.bf16)
+
+    def project(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray, layer: int,
+                site: int) -> None:
+        """out = residual + dropout(x @ weight + bias): a branch comes back to the residual stream."""
+        if self.dropout.p == 0.0:
+            self.linear(out, x, parameters, residual)
+        else:
+            self.linear(self.act.dropped, x, parameters)
+            self.dropout.forward(out, self.act.dropped, residual, layer, site)
+
+    def attend(self, a: SimpleNamespace, layer: int) -> None:
+        """a.att (rows, C) = attention(a.qkv (rows, 3C)), and a.lse for the way back."""
+        B, T = self.act.shape
+        ops.attention_forward(a.att, a.lse, a.qkv, B, T, self.heads, self.head_size, self.dropout.p,
+                              self.dropout.key(layer, ATTENTION))
+
+
+# ---- forward -----------------------------------------------------------------------------------------------
+
+
+def forward(run: Pass, w: Weights, ids: np.ndarray, position: int = 0) -> None:
+    """Fill run.act up to ln_f (rows, C) for ids (B, T), of which the first stands at `position` of its sequence."""
+    act = run.act
+    B, T = ids.shape
+    C = act.x.shape[1]
+    ops.embedding_forward(act.x, ids, w.wte, w.wpe, B, T, C, position)  # x = dropout(wte[ids] + wpe)
+    if run.dropout.p > 0.0:
+        run.dropout.forward(act.x, act.x, None, 0, EMBEDDING)
+    x = act.x
+    for layer, (a, block) in enumerate(zip(act.blocks, w.blocks, strict=True)):
+        _forward_block(run, block, a, x, layer)
+        x = a.x
+    ops.layernorm_forward(act.ln_f, act.mean, act.rstd, x, *w.ln_f, B * T, C)
+
+
+def _forward_block(run: Pass, w: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:
+    """a.x (rows, C) = block(x (rows, C)); a holds what is made on the way."""
+    rows, C = x.shape
+    ops.layernorm_forward(a.ln_1, a.mean_1, a.rstd_1, x, *w.ln_1, rows, C)
+    run.linear(a.qkv, a.ln_1, w.c_attn)
+    run.attend(a, layer)
+    run.project(a.mid, a.att, w.attn_proj, x, layer, ATTN_PROJ)
+    ops.layernorm_forward(a.ln_2, a.mean_2, a.rstd_2, a.mid, *w.ln_2, rows, C)
+    run.linear(a.fc, a.ln_2, w.c_fc)
+    ops.gelu_forward(run.act.gelu, a.fc, rows * 4 * C)
+    run.project(a.x, run.act.gelu, w.mlp_proj, a.mid, layer, MLP_PROJ)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+def backward(run: Pass, w: Weights, d: Weights, ids: np.ndarray) -> None:
+    """Add to d the gradients of all parameters but the head's; act.dln holds that of ln_f (rows, C)."""
+    act = run.act
+    B, T = ids.shape
+    C = act.x.shape[1]
+    # ln_f = layernorm(x of the last block)
+    ops.layernorm_backward(act.dx, *d.ln_f, act.dln, act.blocks[-1].x, w.ln_f[0], act.mean, act.rstd, None, B * T, C)
+    for layer in reversed(range(len(w.blocks))):
+        x = act.blocks[layer - 1].x if layer else act.x
+        _backward_block(run, w.blocks[layer], d.blocks[layer], act.blocks[layer], x, layer)
+    # x = dropout(wte[ids] + wpe)
+    if run.dropout.p > 0.0:
+        run.dropout.backward(act.dx, act.dx, 0, EMBEDDING)
+    ops.embedding_backward(d.wte, d.wpe, act.dx, ids, B, T, C)
+
+
+def _backward_block(run: Pass, w: Block, d: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:
+    """Turn act.dx (rows, C) from the gradient of a block's output into that of its input x (rows, C)."""
+    act, bf16 = run.act, run.bf16
+    (B, T), (rows, C) = act.shape, x.shape
+    # x' = mid + dropout(gelu(fc) @ mlp.c_proj)
+    dprojected = _through_dropout(run, layer, MLP_PROJ)
+    ops.linear_backward_input(act.dfc, dprojected, w.mlp_proj[0], rows, 4 * C, C, bf16)
+    ops.gelu_backward(act.dfc, act.gelu, act.dfc, a.fc, rows * 4 * C)  # and gelu(fc) once more
+    ops.linear_backward_weight(*d.mlp_proj, dprojected, act.gelu, rows, 4 * C, C, bf16)
+    # fc = layernorm(mid) @ c_fc
+    ops.linear_backward_input(act.dln, act.dfc, w.c_fc[0], rows, C, 4 * C, bf16)
+    ops.linear_backward_weight(*d.c_fc, act.dfc, a.ln_2, rows, C, 4 * C, bf16)
+    ops.layernorm_backward(act.dx, *d.ln_2, act.dln, a.mid, w.ln_2[0], a.mean_2, a.rstd_2, act.dx, rows, C)
+    # mid = x + dropout(attention(qkv) @ attn.c_proj)
+    dprojected = _through_dropout(run, layer, ATTN_PROJ)
+    ops.linear_backward_input(act.dln, dprojected, w.attn_proj[0], rows, C, C, bf16)
+    ops.linear_backward_weight(*d.attn_proj, dprojected, a.att, rows, C, C, bf16)
+    ops.attention_backward(act.dqkv, act.dln, a.qkv, a.att, a.lse, B, T, run.heads, run.head_size, run.dropout.p,
+                           run.dropout.key(layer, ATTENTION))
+    # qkv = layernorm(x) @ c_attn
+    ops.linear_backward_input(act.dln, act.dqkv, w.c_attn[0], rows, C, 3 * C, bf16)
+    ops.linear_backward_weight(*d.c_attn, act.dqkv, a.ln_1, rows, C, 3 * C, bf16)
+    ops.layernorm_backward(act.dx, *d.ln_1, act.dln, x, w.ln_1[0], a.mean_1, a.rstd_1, act.dx, rows, C)
+
+
+def _through_dropout(run: Pass, layer: int, site: int) -> np.ndarray:
+    """The gradient of a projection (rows, C) whose dropout was added to the residual stream."""
+    if run.dropout.p == 0.0:
+        return run.act.dx
+    run.dropout.backward(run.act.dropped, run.act.dx, layer, site)
+    return run.act.dropped
