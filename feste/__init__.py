@@ -7,7 +7,7 @@ from feste.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what an editor sees
     from feste.config import PRESETS, Config, TrainConfig
-    from feste.corpus import read_text, shakespeare_text
+    from feste.corpus import shakespeare_text
     from feste.data import Batches, split_tokens
     from feste.errors import FesteError
     from feste.evaluation import bits_per_byte, held_out_loss, perplexity
@@ -17,12 +17,13 @@ if TYPE_CHECKING:  # what an editor sees
     from feste.run.checkpoint import Checkpoint
     from feste.run.directory import find_checkpoint
     from feste.run.follow import RunReader, read_info, read_rows
+    from feste.text import read_text
     from feste.tokenizer import BPETokenizer
     from feste.trainer import TrainResult, train_gpt2
 
 _HOME = {
     "config": ("PRESETS", "Config", "TrainConfig"),
-    "corpus": ("read_text", "shakespeare_text"),
+    "corpus": ("shakespeare_text",),
     "data": ("Batches", "split_tokens"),
     "errors": ("FesteError",),
     "evaluation": ("bits_per_byte", "held_out_loss", "perplexity"),
@@ -32,6 +33,7 @@ _HOME = {
     "run.checkpoint": ("Checkpoint",),
     "run.directory": ("find_checkpoint",),
     "run.follow": ("RunReader", "read_info", "read_rows"),
+    "text": ("read_text",),
     "tokenizer": ("BPETokenizer",),
     "trainer": ("TrainResult", "train_gpt2"),
 }

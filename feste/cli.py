@@ -32,6 +32,7 @@ from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint
 from feste.run.follow import read_info
 from feste.terminal import clean, duration
+from feste.text import ERRORS
 from feste.trainer import Run, TrainingDiverged, TrainResult, train
 
 PROMPTS = ("To be, or not to be", "ROMEO:\n", "My lord, ")
@@ -41,8 +42,9 @@ HELD_OUT_TOKENS = 1_000_000  # of the held-out part that are scored at the end o
 TIMED_STEPS = 3
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
-         "data": "name a text file with --data FILE"}
-CHOICES = {"precision": PRECISIONS, "on_nan": ("stop", "skip")}
+         "data": "name a text file with --data FILE",
+         "prepare": "make a directory of tokens with python -m tools.prepare FILE... -o DIR, for --data DIR"}
+CHOICES = {"errors": ERRORS, "precision": PRECISIONS, "on_nan": ("stop", "skip")}
 MODEL_HELP = {
     "vocab_size": "tokens in the vocabulary", "n_embd": "channels of the residual stream",
     "n_layers": "transformer blocks", "n_heads": "attention heads", "block_size": "longest sequence in tokens",
@@ -108,8 +110,11 @@ FIELDS = {f.name for cls in (Config, TrainConfig, Source) for f in fields(cls)}
 
 def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> None:
     """A flag for every dial; with a preset, the help tells its values."""
-    parser.add_argument("--data", metavar="FILE", help="a UTF-8 text file, used whole, or a directory of "
-                        "tools.prepare (default: Shakespeare, as much of it as the preset says)")
+    parser.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of tools.prepare "
+                        "(default: Shakespeare, as much of it as the preset says)")
+    parser.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
+    parser.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "
+                        "(default: strict)")
     parser.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
     parser.add_argument("--tokenizer-chars", type=int, metavar="N", help="make the tokenizer from the first N")
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="new directory of the run (default: "
@@ -248,8 +253,8 @@ def _resumed(args: argparse.Namespace) -> Plan:
     if source is None:
         raise FesteError("run.json does not name the text of the run; name it, and with --train-chars how much of it, "
                          "if only its beginning was used", "data")
-    if args.train_chars is not None:
-        source = replace(source, train_chars=args.train_chars)
+    named_of_text = {name: value for name, value in _named(args, Source).items() if name != "data"}
+    source = replace(source, **named_of_text)
     tokens, _ = source.load(checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
     kept = {"name": info.get("name", "resumed"), "source": args.data or info.get("source", str(source)),
             "data_flags": source.to_dict()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from functools import lru_cache
 
 import numpy as np
@@ -58,8 +59,18 @@ class Batches:
         return [(ids[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(ids), batch_size)]
 
 
+def require_whole(tokens: np.ndarray) -> None:
+    """FesteError if tokens are a map of a file that was cut off since. To touch what is missing kills a process."""
+    if isinstance(tokens, np.memmap) and tokens._mmap is not None:
+        begin = tokens.offset - tokens.offset % mmap.ALLOCATIONGRANULARITY  # of a map, not only of what is used of it
+        if tokens._mmap.size() < begin + len(tokens._mmap):
+            raise FesteError(f"{tokens.filename} was cut off while it was in use: it has {tokens._mmap.size():,} bytes "
+                             f"of {begin + len(tokens._mmap):,}; put it back, and resume the run", "data")
+
+
 def windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """ids and targets, both (len(starts), seq_len) int32."""
+    require_whole(tokens)
     both = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
     return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from feste.config import Config, TrainConfig
-from feste.data import require_window, split_tokens
+from feste.data import require_whole, require_window, split_tokens
 from feste.errors import FesteError
 from feste.model import GPT2
 from feste.optim import AdamW
@@ -226,6 +226,7 @@ def _sha256(tokens: np.ndarray) -> str:
     """Of the ids, whatever their type; in blocks, for they may be a file that is larger than memory."""
     digest = hashlib.sha256()
     for i in range(0, len(tokens), HASH_BLOCK):
+        require_whole(tokens)
         digest.update(np.ascontiguousarray(tokens[i:i + HASH_BLOCK], np.uint32))
     return digest.hexdigest()
 

