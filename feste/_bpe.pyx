@@ -153,6 +153,19 @@ def safe_split(const uint8_t[::1] text, Py_ssize_t start):
     return n
 
 
+cdef int check_ends(const int64_t[::1] ends, Py_ssize_t n) except -1:
+    """ValueError unless documents that end there follow each other and make up n bytes."""
+    cdef Py_ssize_t k
+    cdef int64_t before = 0
+    for k in range(ends.shape[0]):
+        if ends[k] < before:
+            raise ValueError(f"ends must not fall, got {ends[k]} behind {before}")
+        before = ends[k]
+    if before != n:
+        raise ValueError(f"the last document must end at {n}, got {before}")
+    return 0
+
+
 # ---- hash tables -------------------------------------------------------------------------------------------
 
 cdef inline uint64_t mix(uint64_t h) noexcept nogil:
@@ -273,18 +286,25 @@ cdef class WordTable:
         memset(self.slots, 0, (self.mask + 1) * sizeof(Word))
         self.n = self.used = 0
 
-    def count(self, const uint8_t[::1] text):
-        """Add the words of a text (valid UTF-8) to the counts. Runs without the GIL."""
-        cdef Py_ssize_t i = 0, end, n = text.shape[0]
-        cdef const uint8_t* p = &text[0] if n else NULL
+    def count(self, const uint8_t[::1] text, const int64_t[::1] ends):
+        """Add the words of some documents (valid UTF-8) to the counts. Runs without the GIL.
+
+        The documents lie one behind the other in text (n); ends (number of documents) says where each ends. No word
+        reaches beyond its document.
+        """
+        cdef Py_ssize_t i = 0, k, end, n
+        cdef const uint8_t* p = &text[0] if text.shape[0] else NULL
+        check_ends(ends, text.shape[0])
         with nogil:
-            while i < n:
-                end = word_end(p, i, n)
-                if end - i > 0x7FFFFFFF:
-                    with gil:
-                        raise ValueError(f"a word of {end - i} bytes is too long; the limit is 2 GB")
-                self.find(p + i, end - i).count += 1
-                i = end
+            for k in range(ends.shape[0]):
+                n = ends[k]
+                while i < n:
+                    end = word_end(p, i, n)
+                    if end - i > 0x7FFFFFFF:
+                        with gil:
+                            raise ValueError(f"a word of {end - i} bytes is too long; the limit is 2 GB")
+                    self.find(p + i, end - i).count += 1
+                    i = end
 
     def merge(self, WordTable other):
         """Take over the counts of another table, which is empty then."""
@@ -752,19 +772,26 @@ cdef class Encoder:
         free(self.ids)
         free(self.places)
 
-    def encode(self, const uint8_t[::1] text, int32_t[::1] out):
-        """Write the ids of a text (valid UTF-8) to out, which has room for one for each byte; returns how many."""
-        cdef Py_ssize_t i = 0, k = 0, end, n = text.shape[0]
-        if out.shape[0] < n:
-            raise ValueError(f"out must have room for {n} ids, got {out.shape[0]}")
-        if n == 0:
-            return 0
-        cdef const uint8_t* p = &text[0]
+    def encode(self, const uint8_t[::1] text, const int64_t[::1] ends, int32_t[::1] out, int64_t[::1] out_ends):
+        """Write the ids of some documents (valid UTF-8) to out; returns how many. Runs without the GIL.
+
+        The documents lie one behind the other in text (n); ends (number of documents) says where each ends, and
+        out_ends (the same) where its ids do. out has room for an id for each byte.
+        """
+        cdef Py_ssize_t i = 0, k = 0, document, end, n
+        if out.shape[0] < text.shape[0] or out_ends.shape[0] < ends.shape[0]:
+            raise ValueError(f"out must have room for {text.shape[0]} ids of {ends.shape[0]} documents, got "
+                             f"{out.shape[0]} and {out_ends.shape[0]}")
+        check_ends(ends, text.shape[0])
+        cdef const uint8_t* p = &text[0] if text.shape[0] else NULL
         with self.lock, nogil:
-            while i < n:
-                end = word_end(p, i, n)
-                k += self.encode_word(p + i, end - i, &out[k])
-                i = end
+            for document in range(ends.shape[0]):
+                n = ends[document]
+                while i < n:
+                    end = word_end(p, i, n)
+                    k += self.encode_word(p + i, end - i, &out[k])
+                    i = end
+                out_ends[document] = k
         return k
 
     cdef Py_ssize_t encode_word(self, const uint8_t* p, Py_ssize_t n, int32_t* out) except -1 nogil:

@@ -13,7 +13,14 @@ The calling convention, here and in `_ops.pyx`:
 - arrays are C-contiguous; rows is the number of tokens, B * T, where the operation does not care which is which.
 
 Shapes: B sequences, T tokens each, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
+
+At the end stands byte-pair encoding by its definition, which the tests hold the tokenizer to.
 """
+
+import re
+import unicodedata
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 
@@ -295,3 +302,68 @@ def adamw_update(param, m, v, grad, learning_rate, beta1, beta2, eps, weight_dec
     param[:] = param - learning_rate * (weight_decay * param + m_hat / (np.sqrt(v_hat) + eps))
     if zero_grad:
         grad[:] = 0.0
+
+
+# ---- byte-pair encoding ------------------------------------------------------------------------------------
+
+# Sennrich, Haddow and Birch 2016, arXiv:1508.07909; bytes and words as in GPT-2, Radford et al. 2019. Token i < 256 is
+# the byte BPE_BYTES[i]: first those that print in Latin-1, then the others. Token 256 + k is what merge k makes.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BPE_BYTES = bytes(_PRINTABLE + sorted(set(range(256)) - set(_PRINTABLE)))
+
+# GPT-2's pattern, 's|'t|'re|'ve|'m|'ll|'d| ?letters| ?numbers| ?others|spaces not before a non-space|spaces, over the
+# classes of the characters: L letter, N number, S space, O other; what the pattern names stands for itself.
+_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[Lstrevmld]+| ?N+| ?[O']+|[ S]+(?![^ S])|[ S]+")
+
+
+def _bpe_class(character):
+    if character in " 'strevmld":
+        return character
+    if character.isspace() and not "\x1c" <= character <= "\x1f":  # which Unicode does not call white space
+        return "S"
+    return {"L": "L", "N": "N"}.get(unicodedata.category(character)[0], "O")
+
+
+def bpe_words(text):
+    """The words of a text, as bytes; no token reaches across two of them."""
+    classes = "".join(map(_bpe_class, text))
+    return [text[match.start():match.end()].encode() for match in _WORD.finditer(classes)]
+
+
+def bpe_merge(symbols, pair, token):
+    """The symbols with every occurrence of the pair replaced by the token, from left to right."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] = token
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def bpe_train(texts, vocab_size):
+    """The merges learned from some texts: again and again the pair that occurs most often, of equals the smallest."""
+    counts = Counter(word for text in texts for word in bpe_words(text))
+    words = {word: [BPE_BYTES.index(byte) for byte in word] for word in counts}
+    merges = []
+    while len(merges) < vocab_size - 256:
+        pairs = Counter()
+        for word, symbols in words.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = {word: bpe_merge(symbols, merges[-1], 255 + len(merges)) for word, symbols in words.items()}
+    return merges
+
+
+def bpe_encode(text, merges):
+    """The ids of a text: in each word the pair of the earliest merge is merged first, until none is left."""
+    rank, ids = {pair: k for k, pair in enumerate(merges)}, []
+    for word in bpe_words(text):
+        symbols = [BPE_BYTES.index(byte) for byte in word]
+        while found := [rank[pair] for pair in pairwise(symbols) if pair in rank]:
+            symbols = bpe_merge(symbols, merges[min(found)], 256 + min(found))
+        ids += symbols
+    return ids

@@ -7,24 +7,27 @@ file format is that of Hugging Face's `tokenizers`, and ids are the same as thei
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from feste import _bpe, _unicode, tokenizer_files
-from feste.tokenizer_files import BYTE_CHARACTERS, TokenizerError, visible
+from feste import _bpe, _unicode, disk
+from feste.errors import FesteError
+from feste.formats import gpt2_vocabulary, tiktoken_ranks, tokenizer_json
+from feste.formats.vocabulary import BYTE_CHARACTERS, Parts, TokenizerError, read_file
 
-CHUNK_BYTES = 1 << 20         # text a thread takes at a time
-PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+CHUNK_BYTES = 1 << 18   # text that is worth a thread of its own
+GROUP_BYTES = 1 << 25   # text that is in memory at once as UTF-8, if it comes as many documents
+GROUP_TEXTS = 1 << 12   # documents that are looked at together; a multiple of them makes up GROUP_BYTES
 
 
 def _install_char_classes() -> None:
@@ -50,13 +53,53 @@ def _utf8(text: str) -> bytes:
                          "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace')") from None
 
 
-def _chunks(data: bytes) -> Iterator[memoryview]:
-    """Pieces of about CHUNK_BYTES that can be split into words on their own."""
-    view, start = memoryview(data), 0
-    while start < len(data):
-        end = _bpe.safe_split(view, start + CHUNK_BYTES) if start + CHUNK_BYTES < len(data) else len(data)
-        yield view[start:end]
-        start = end
+@dataclass
+class Documents:
+    """The UTF-8 of some documents, one behind the other, and where each of them ends (n) int64."""
+
+    data: memoryview
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, texts: list[str]) -> Documents:
+        encoded = [_utf8(text) for text in texts]
+        ends = np.fromiter(accumulate(map(len, encoded)), np.int64, len(encoded))
+        return cls(memoryview(encoded[0] if len(encoded) == 1 else b"".join(encoded)), ends)
+
+    def in_pieces(self) -> Documents:
+        """The same bytes, with long documents cut where a word surely begins, which changes no word."""
+        lengths = np.diff(self.ends, prepend=0)
+        cuts = [cut for i in np.flatnonzero(lengths > 2 * CHUNK_BYTES)
+                for cut in self._cuts(int(self.ends[i] - lengths[i]), int(self.ends[i]))]
+        return Documents(self.data, np.sort(np.concatenate([self.ends, cuts]).astype(np.int64))) if cuts else self
+
+    def _cuts(self, start: int, end: int) -> Iterator[int]:
+        while start + CHUNK_BYTES < end:
+            start += _bpe.safe_split(self.data[start:end], CHUNK_BYTES)
+            if start < end:
+                yield start
+
+    def shares(self, most: int) -> list[Documents]:
+        """At most so many parts of whole documents, of about equal length and not much below CHUNK_BYTES."""
+        count = max(1, min(most, len(self.data) // CHUNK_BYTES))
+        targets = len(self.data) * np.arange(1, count) // count
+        borders = np.unique([0, *np.searchsorted(self.ends, targets), len(self.ends)])
+        starts = np.concatenate([[0], self.ends])[borders]
+        return [Documents(self.data[a:b], self.ends[i:j] - a)
+                for i, j, a, b in zip(borders, borders[1:], starts, starts[1:], strict=False)]
+
+
+def _groups(texts: Iterable[str]) -> Iterator[Documents]:
+    """Some texts, as many at a time as make up GROUP_BYTES."""
+    texts, group, size = iter(texts), [], 0
+    while some := list(islice(texts, GROUP_TEXTS)):
+        group += some
+        size += sum(map(len, some))
+        if size >= GROUP_BYTES:
+            yield Documents.of(group)
+            group, size = [], 0
+    if group:
+        yield Documents.of(group)
 
 
 class BPETokenizer:
@@ -106,6 +149,10 @@ class BPETokenizer:
     def vocab_size(self) -> int:
         return len(self.tokens)
 
+    def __reduce__(self) -> tuple:
+        """A copy, also by pickle or in another process, is made from the same parts; its tables are its own."""
+        return BPETokenizer, tuple(self._parts)
+
     def __repr__(self) -> str:
         return f"BPETokenizer(vocab_size={self.vocab_size})"
 
@@ -123,8 +170,9 @@ class BPETokenizer:
             raise TypeError(f"special_tokens must be non-empty strings, got {special}")
         special_bytes = [_utf8(token) for token in special]
         if not isinstance(vocab_size, (int, np.integer)) or vocab_size < 256 + len(special):
-            raise ValueError(f"vocab_size must be an integer of at least 256, one id for each byte"
-                             f"{f', and {len(special)} for the special tokens' if special else ''}, got {vocab_size}")
+            raise FesteError(f"vocab_size must be an integer of at least 256, one id for each byte"
+                             f"{f', and {len(special)} for the special tokens' if special else ''}, got {vocab_size}",
+                             "vocab_size")
         words = _count_words([text] if isinstance(text, (str, bytes)) else text)
         base = np.empty(256, np.int32)
         base[BASE_BYTES] = np.arange(256, dtype=np.int32)
@@ -159,29 +207,32 @@ class BPETokenizer:
         """The ids of each text."""
         if isinstance(texts, str):
             raise TypeError("texts must be an iterable of strings, got one string; encode takes it")
-        return [self.encode(text) for text in texts]
+        found: list[list[int]] = []
+        for group in _groups(texts):
+            for ids, ends in self._encode(group):
+                flat = ids.tolist()
+                found += [flat[a:b] for a, b in pairwise([0, *ends.tolist()])]
+        return found
 
     @property
     def _dtype(self) -> type:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _encode_bytes(self, data: bytes) -> np.ndarray:
-        if len(data) <= 2 * CHUNK_BYTES:
-            return self._encode_chunk(self._encoder, data)
-        workers = _available_cores()
-        encoders = [_bpe.Encoder(self._merges) for _ in range(workers)]
+        whole = Documents(memoryview(data), np.array([len(data)], np.int64))
+        parts = [ids.astype(self._dtype, copy=False) for ids, _ in self._encode(whole.in_pieces())]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        def encode_share(worker: int) -> list[np.ndarray]:
-            return [self._encode_chunk(encoders[worker], chunk) for chunk in shares[worker]]
+    def _encode(self, documents: Documents) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids (m) int32 of documents in their order, and where those of each end, for each share of them."""
+        shares = documents.shares(_available_cores())
+        encoders = [self._encoder, *(_bpe.Encoder(self._merges) for _ in shares[1:])]
 
-        chunks = list(_chunks(data))
-        shares = [chunks[i * len(chunks) // workers:(i + 1) * len(chunks) // workers] for i in range(workers)]
-        with ThreadPoolExecutor(workers) as pool:
-            return np.concatenate([ids for share in pool.map(encode_share, range(workers)) for ids in share])
+        def encode_share(encoder: _bpe.Encoder, share: Documents) -> tuple[np.ndarray, np.ndarray]:
+            ids, ends = np.empty(len(share.data), np.int32), np.empty(len(share.ends), np.int64)
+            return ids[:encoder.encode(share.data, share.ends, ids, ends)], ends
 
-    def _encode_chunk(self, encoder: _bpe.Encoder, data: bytes | memoryview) -> np.ndarray:
-        out = np.empty(len(data), np.int32)
-        return out[:encoder.encode(data, out)].astype(self._dtype)
+        return _in_threads(encode_share, encoders, shares)
 
     # ---- decoding -------------------------------------------------------------------------------------------
 
@@ -208,50 +259,37 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """The tokenizer in the format of Hugging Face's `tokenizers`."""
-        names = [visible(token) for token in self.tokens]
-        special = {i: text for text, i in self.special_tokens.items()}
-        added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                  "normalized": False, "special": True} for i, text in sorted(special.items())]
-        return json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": PRE_TOKENIZER, "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                "vocab": {token: i for i, token in enumerate(names) if i not in special},
-                "merges": [[names[a], names[b]] for a, b in self.merges.tolist()],
-            },
-        }, ensure_ascii=False)
+        return tokenizer_json.write(self._parts)
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.tokens, self.merges, self.special_tokens)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the tokenizer") -> BPETokenizer:
         """The tokenizer of `to_json`. Anything else is a TokenizerError that names the source and the reason."""
-        return cls._made(tokenizer_files.from_huggingface(text, source), source)
+        return cls._made(tokenizer_json.read(text, source), source)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json for feste and Hugging Face; the file is either the old one or the new one, whole."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.",
-                                         delete=False) as file:
-            try:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        disk.write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike, merges: str | os.PathLike | None = None) -> BPETokenizer:
         """Read a tokenizer: tokenizer.json, GPT-2's vocab.json with its merges.txt, or a tiktoken rank file."""
-        parts = tokenizer_files.load(Path(path), None if merges is None else Path(merges))
-        return cls._made(parts, str(path))
+        path = Path(path)
+        text, source = read_file(path), str(path)
+        if merges is not None:
+            parts = gpt2_vocabulary.read(text, read_file(Path(merges)), f"{path} and {merges}")
+        elif path.name == "vocab.json":
+            raise TokenizerError(f"{path} holds no merges; name its merges.txt too: load(vocab_json, merges_txt)")
+        else:
+            read = tokenizer_json.read if text.lstrip()[:1] == "{" else tiktoken_ranks.read
+            parts = read(text, source)
+        return cls._made(parts, source)
 
     @classmethod
-    def _made(cls, parts: tokenizer_files.Parts, source: str) -> BPETokenizer:
+    def _made(cls, parts: Parts, source: str) -> BPETokenizer:
         try:
             return cls(*parts)
         except TokenizerError as error:
@@ -259,7 +297,7 @@ class BPETokenizer:
 
     def export_tiktoken(self, path: str | os.PathLike) -> None:
         """Write the ranks in tiktoken's format. Special tokens are not part of it."""
-        tokenizer_files.write_tiktoken(Path(path), self.tokens, set(self.special_tokens.values()))
+        disk.write_text(Path(path), tiktoken_ranks.write(self._parts))
 
 
 class StreamDecoder:
@@ -283,15 +321,20 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _in_threads(work: Callable, states: Sequence, shares: Sequence) -> list:
+    """work(state, share) for each share, in threads if there is more than one; kernels run without the GIL."""
+    if len(shares) == 1:
+        return [work(states[0], shares[0])]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return list(pool.map(work, states, shares))
+
+
 def _count_words(texts: Iterable[str]) -> _bpe.WordTable:
     """Distinct words and their counts; each core counts into a table of its own, and the tables are added."""
     cores = _available_cores()
     tables = [_bpe.WordTable() for _ in range(cores)]
-    with ThreadPoolExecutor(cores) as pool:
-        for text in texts:
-            chunks = list(_chunks(_utf8(text)))
-            shares = [chunks[i::cores] for i in range(cores)]
-            list(pool.map(lambda table, share: [table.count(chunk) for chunk in share], tables, shares))
+    for group in _groups(texts):
+        _in_threads(lambda table, share: table.count(share.data, share.ends), tables, group.in_pieces().shares(cores))
     for table in tables[1:]:
         tables[0].merge(table)  # which gives the memory of the other back
     return tables[0]

@@ -59,7 +59,8 @@ def run(module, case: Case, dtype: type) -> dict[str, np.ndarray]:
 
 def public_functions(module) -> dict:
     return {name: f for name, f in vars(module).items()
-            if not name.startswith("_") and callable(f) and inspect.signature(f) and name not in MACHINE_ONLY}
+            if not name.startswith(("_", "bpe_")) and getattr(f, "__module__", None) == module.__name__
+            and name not in MACHINE_ONLY}
 
 
 @pytest.mark.parametrize("isa", ops.available_isas)

@@ -201,7 +201,7 @@ def test_refuses_files_that_are_no_tokenizer(tokenizer, tmp_path, monkeypatch):
     refused(tmp_path)
     refused(tmp_path / "nowhere.json", "No such file")
     path.write_text(tokenizer.to_json(), encoding="utf-8")
-    monkeypatch.setattr("feste.tokenizer_files.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("feste.formats.vocabulary.MAX_FILE_BYTES", 100)
     refused(path, "at most 100")
 
 
