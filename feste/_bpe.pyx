@@ -20,6 +20,8 @@ Design:
 
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.list cimport PyList_New, PyList_SET_ITEM
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -888,6 +890,27 @@ cdef class Encoder:
         if rank != NO_RANK:
             self.heap.push(rank, i)
         return 0
+
+
+def to_lists(const int32_t[::1] ids, const int64_t[::1] ends, list numbers):
+    """The ids of each document as a list: those of document k end at ends[k].
+
+    numbers[i] is the int i for every id there is. The lists share these objects, because to make an int for each id
+    takes several times as long as to encode the text.
+    """
+    cdef Py_ssize_t i = 0, j, k, n, vocab_size = len(numbers)
+    cdef list found = [], document
+    check_ends(ends, ids.shape[0])
+    for k in range(ends.shape[0]):
+        n = ends[k] - i
+        document = PyList_New(n)
+        for j in range(n):
+            number = numbers[ids[i + j]] if 0 <= ids[i + j] < vocab_size else <object>ids[i + j]
+            Py_INCREF(number)  # PyList_SET_ITEM takes over a reference
+            PyList_SET_ITEM(document, j, number)
+        i = ends[k]
+        found.append(document)
+    return found
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------

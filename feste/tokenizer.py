@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate, islice, pairwise
+from functools import cache, cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +210,7 @@ class BPETokenizer:
         found: list[list[int]] = []
         for group in _groups(texts):
             for ids, ends in self._encode(group):
-                flat = ids.tolist()
-                found += [flat[a:b] for a, b in pairwise([0, *ends.tolist()])]
+                found += _bpe.to_lists(ids, ends, self._numbers)
         return found
 
     @property
@@ -233,6 +232,10 @@ class BPETokenizer:
             return ids[:encoder.encode(share.data, share.ends, ids, ends)], ends
 
         return _in_threads(encode_share, encoders, shares)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return list(range(self.vocab_size))
 
     # ---- decoding -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 import feste.tokenizer as module
 from feste import BPETokenizer, _bpe
+from feste.formats.vocabulary import visible
 from feste.tokenizer import BASE_BYTES, TokenizerError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -240,8 +241,8 @@ def huggingface_merges(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
 
 def check_merges(text: str, vocab_size: int) -> None:
     ours = BPETokenizer.train(text, vocab_size)
-    visible = [visible(token) for token in ours.tokens]
-    assert [(visible[a], visible[b]) for a, b in ours.merges.tolist()] == huggingface_merges(text, vocab_size)
+    names = [visible(token) for token in ours.tokens]
+    assert [(names[a], names[b]) for a, b in ours.merges.tolist()] == huggingface_merges(text, vocab_size)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 300, 1500])
