@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feste.runlog import COLUMNS, INFO_NAME, LOG_NAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feste import runlog
 from feste import terminal as text
+from feste.run import log as run_log
+from feste.run.follow import machine
+from feste.run.names import COLUMNS, INFO, LOCK, LOG
 from tools.monitor import app as app_module
 from tools.monitor import curve, numbers, summary
 from tools.monitor.__main__ import main
@@ -58,15 +59,15 @@ def rows(n: int, first: int = 1, loss: float = 6.0) -> list[dict]:
 
 
 def csv_rows(records: list[dict], header=COLUMNS) -> list[list[str]]:
-    return [[runlog._cell(r.get(name)) for name in header] for r in records]
+    return [[run_log._cell(r.get(name)) for name in header] for r in records]
 
 
 def make_run(path: Path, records: list[dict], info: dict | None = None, header=COLUMNS) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOG_NAME, "w", encoding="utf-8", newline="") as file:
+    with open(path / LOG, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *csv_rows(records, header)])
     if info is not None:
-        (path / INFO_NAME).write_text(json.dumps(info))
+        (path / INFO).write_text(json.dumps(info))
     return path
 
 
@@ -76,7 +77,7 @@ def info(state: str = "running", **more) -> dict:
 
 
 def append(path: Path, records: list[dict]) -> None:
-    with open(path / LOG_NAME, "a", encoding="utf-8", newline="") as file:
+    with open(path / LOG, "a", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(csv_rows(records))
 
 
@@ -444,11 +445,11 @@ async def test_a_long_run_list_scrolls_to_the_selected_run(tmp_path):
 
 async def test_partial_last_line(tmp_path):
     run = make_run(tmp_path / "run", rows(20), info())
-    whole = (run / LOG_NAME).read_bytes()
-    (run / LOG_NAME).write_bytes(whole[:-100])  # in the quotes of the last sample
+    whole = (run / LOG).read_bytes()
+    (run / LOG).write_bytes(whole[:-100])  # in the quotes of the last sample
     async with Shown(tmp_path) as (app, pilot):
         await until(pilot, lambda: "step 19 / 400" in screen_text(app))
-        (run / LOG_NAME).write_bytes(whole)
+        (run / LOG).write_bytes(whole)
         await until(pilot, lambda: "step 20 / 400" in screen_text(app))
         assert app.selected.summary.problems == ()
 
@@ -462,7 +463,7 @@ async def test_truncated(tmp_path):
         await until(pilot, lambda: "step 8 / 400" in screen_text(app))
         make_run(run, [])
         await until(pilot, lambda: "no rows yet" in screen_text(app))
-        (run / LOG_NAME).write_bytes(b"")
+        (run / LOG).write_bytes(b"")
         append(run, [])
         await pilot.pause(0.1)
         make_run(run, rows(9))
@@ -474,7 +475,7 @@ async def test_replaced(tmp_path):
     other = make_run(tmp_path / "hidden" / "other", rows(70, loss=12.0))
     async with Shown(run) as (app, pilot):
         await until(pilot, lambda: "step 50 / 400" in screen_text(app))
-        os.replace(other / LOG_NAME, run / LOG_NAME)
+        os.replace(other / LOG, run / LOG)
         await until(pilot, lambda: "step 70 / 400" in screen_text(app))
         assert app.selected.columns["train_loss"][0] == 12.0
 
@@ -484,7 +485,7 @@ async def test_resumed(tmp_path):
     async with Shown(tmp_path) as (app, pilot):
         await until(pilot, lambda: "interrupted: SIGINT" in screen_text(app))
         append(run, rows(30, first=41))
-        (run / INFO_NAME).write_text(json.dumps(info()))
+        (run / INFO).write_text(json.dumps(info()))
         await until(pilot, lambda: "step 70 / 400" in screen_text(app) and "run  running" in screen_text(app))
         np.testing.assert_array_equal(app.selected.columns["step"], np.arange(1, 71))
 
@@ -502,7 +503,7 @@ async def test_missing_column(tmp_path, missing):
                                      b"", b"\n\n", b'"' * 999, b"step,train_loss\n1,x\n2,y\n"])
 async def test_foreign_csv(tmp_path, content):
     run = make_run(tmp_path / "run", [])
-    (run / LOG_NAME).write_bytes(content)
+    (run / LOG).write_bytes(content)
     async with Shown(tmp_path) as (app, pilot):
         await pilot.press("space", "x", "l", "m", "2", "[", "comma")
         await until(pilot, lambda: "unknown" in screen_text(app))
@@ -515,7 +516,7 @@ async def test_foreign_csv(tmp_path, content):
                 "train": {"sample_prompt": 5}})])
 async def test_foreign_info(tmp_path, content):
     run = make_run(tmp_path / "run", rows(30))
-    (run / INFO_NAME).write_text(content)
+    (run / INFO).write_text(content)
     async with Shown(tmp_path) as (app, pilot):
         await until(pilot, lambda: "step 30" in screen_text(app))
         assert app.selected.summary.state in ("unknown", "running", "failed")
@@ -527,7 +528,7 @@ async def test_directory_that_appears_later(tmp_path):
     async with app.run_test() as pilot:
         await until(pilot, lambda: "No run in" in screen_text(app))
         (tmp_path / "data" / "run").mkdir(parents=True)
-        (tmp_path / "data" / "run" / INFO_NAME).write_text(json.dumps(info()))
+        (tmp_path / "data" / "run" / INFO).write_text(json.dumps(info()))
         await until(pilot, lambda: "run  running" in screen_text(app))
         make_run(tmp_path / "data" / "run", rows(7))
         await until(pilot, lambda: "step 7 / 400" in screen_text(app))
@@ -623,10 +624,11 @@ async def test_files_that_change_while_they_are_looked_at(tmp_path, monkeypatch)
 
 
 async def test_crashed_and_stalled(tmp_path):
-    host = {"host": os.uname().nodename, "pid": os.getpid()}
-    make_run(tmp_path / "crashed", rows(30), info(process_started=1, **host))
+    make_run(tmp_path / "crashed", rows(30), info(locked=True, **machine()))
+    (tmp_path / "crashed" / LOCK).touch()
+    os.utime(tmp_path / "crashed" / LOG, (time.time() - 60,) * 2)
     make_run(tmp_path / "stalled", rows(30), info())
-    os.utime(tmp_path / "stalled" / LOG_NAME, (1, 1))
+    os.utime(tmp_path / "stalled" / LOG, (1, 1))
     async with Shown(tmp_path) as (app, pilot):
         await until(pilot, lambda: {run.name: run.summary.state for run in app.runs()} == {
             "crashed": "crashed", "stalled": "stalled"})
@@ -659,7 +661,7 @@ def test_once(folder, capsys):
 
 
 def test_json(folder, capsys):
-    assert main([str(folder / "live"), str(folder / "old" / LOG_NAME), "--json"]) == 0
+    assert main([str(folder / "live"), str(folder / "old" / LOG), "--json"]) == 0
     live, old = json.loads(capsys.readouterr().out)
     assert live["name"] == "live" and live["best_step"] == 100 and live["seconds_left"] == pytest.approx(150)
     assert old["state"] == "failed" and old["step"] == 60
@@ -689,10 +691,11 @@ def test_demo(capsys):
                       "demo_killed": "crashed"}
 
 
-def test_only_the_run_log_is_imported():
+def test_neither_model_nor_kernels_are_imported():
     code = "import sys, tools.monitor.app; print(sorted(m for m in sys.modules if m.startswith('feste.')))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "['feste.rows', 'feste.runlog']"  # runlog reads its rows through rows
+    assert "feste.run.follow" in printed
+    assert not any(name in printed for name in ("model", "_ops", "ops'", "checkpoint", "trainer", "tokenizer", "optim"))
 
 
 def test_sorting(folder):

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feste.runlog import RunLog
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config, train_gpt2
 from feste.data import split_tokens
-from tools import compare, plot
-from tools.repl.voice import Voice
+from feste.run.log import RunLog
+from tools import compare, comparison, plot, runs
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "nobler", "mind", "suffer", "naïve", "slings"]
 TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 2500))
@@ -36,15 +35,17 @@ def folder(tmp_path_factory):
 
 
 def opened(folder, *names):
-    return compare.open_runs([str(folder / name) for name in names])
+    return runs.open_runs([str(folder / name) for name in names])
 
 
 def synthetic(path: Path, records, model=None, train=None):
     """A run directory with these rows."""
-    with RunLog(path, {"model": {"vocab_size": 512} | (model or {}), "train": {"learning_rate": 0.1} | (train or {}),
-                       "planned_steps": 10}) as log:
-        for record in records:
-            log.log(record)
+    path.mkdir(parents=True)
+    log = RunLog(path, {"model": {"vocab_size": 512} | (model or {}), "train": {"learning_rate": 0.1} | (train or {}),
+                        "planned_steps": 10}, locked=False)
+    for record in records:
+        log.write(record)
+    log.close("finished")
     return str(path)
 
 
@@ -56,9 +57,9 @@ ROW = {"step": 1, "elapsed_seconds": 1.0, "train_loss": 6.0, "val_loss": 6.5, "t
 
 
 def test_only_what_differs_is_named(folder):
-    assert compare.differences(opened(folder, "a", "b")) == {"num_steps": [20, 30], "learning_rate": [0.003, 0.01]}
-    assert compare.differences(opened(folder, "a", "a")) == {}
-    assert compare.labels(opened(folder, "a", "c")) == ["vocab_size=270", "vocab_size=300"]
+    assert comparison.differences(opened(folder, "a", "b")) == {"num_steps": [20, 30], "learning_rate": [0.003, 0.01]}
+    assert comparison.differences(opened(folder, "a", "a")) == {}
+    assert comparison.labels(opened(folder, "a", "c")) == ["vocab_size=270", "vocab_size=300"]
 
 
 def test_labels_are_short_and_tell_the_runs_apart(tmp_path):
@@ -66,18 +67,18 @@ def test_labels_are_short_and_tell_the_runs_apart(tmp_path):
     paths = [synthetic(tmp_path / "p", [ROW], train=fields),
              synthetic(tmp_path / "q", [ROW], train={name: 2 for name in fields}),
              synthetic(tmp_path / "r", [ROW], train={name: 2 for name in fields} | {"field8": "a\x1b[1m" + "x" * 50})]
-    found = compare.labels(compare.open_runs(paths))
+    found = comparison.labels(runs.open_runs(paths))
     assert found == ["field0=1, field1=1, field2=1, field8=1, …", "field0=2, field1=2, field2=2, field8=2, …",
                      "field0=2, field1=2, field2=2, field8='a\\x1b[1m" + "x" * 10 + "…, …"]
     paths.append(synthetic(tmp_path / "s", [ROW], train={name: 2 for name in fields}))
-    assert [label.partition(":")[0] for label in compare.labels(compare.open_runs(paths))[1::2]] == ["q", "s"]
-    cell = dict(compare.rows(compare.open_runs(paths)))["field8"][2]
-    assert len(cell) <= compare.LABEL_WIDTH and "\x1b" not in cell
+    assert [label.partition(":")[0] for label in comparison.labels(runs.open_runs(paths))[1::2]] == ["q", "s"]
+    cell = dict(comparison.rows(runs.open_runs(paths)))["field8"][2]
+    assert len(cell) <= comparison.LABEL_WIDTH and "\x1b" not in cell
 
 
 def test_runs_of_one_name_are_named_by_their_paths(tmp_path):
     paths = [synthetic(tmp_path / side / "run", [ROW]) for side in ("left", "right")]
-    assert [run.name for run in compare.open_runs(paths)] == paths
+    assert [run.name for run in runs.open_runs(paths)] == paths
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -87,26 +88,26 @@ def test_the_table_holds_the_figures_of_the_runs(tmp_path):
     one = [ROW | {"step": i, "val_loss": loss, "tokens_per_second": speed, "elapsed_seconds": 40.0 * i}
            for i, (loss, speed) in enumerate([(6.5, 10.0), (5.25, 20.0), (5.5, 90.0)], 1)]
     other = [ROW | {"step": i, "val_loss": loss} for i, loss in enumerate([6.0, 5.75], 1)]
-    runs = compare.open_runs([synthetic(tmp_path / "one", one), synthetic(tmp_path / "other", other)])
-    table = dict(compare.rows(runs))
+    found = runs.open_runs([synthetic(tmp_path / "one", one), synthetic(tmp_path / "other", other)])
+    table = dict(comparison.rows(found))
     assert table["best validation loss"] == ["5.2500 *", "5.7500"]
     assert table["  its step"] == ["2", "2"] and table["  its perplexity"][0] == f"{math.exp(5.25):.2f}"
     assert table["validation loss, step 2"] == ["5.2500 *", "5.7500"]
-    assert table["tokens per second"] == ["20", "50"] and table["time"] == ["0:02:00", "1.0 s"]
+    assert table["tokens per second"] == ["20", "50"] and table["time"] == ["2m 00s", "1s"]
     assert table["steps"] == ["3 of 10", "2 of 10"] and table["training tokens"] == ["-", "-"]
 
 
 def test_losses_of_different_tokenizers_get_no_star(folder):
     runs = opened(folder, "a", "c")
-    assert "different tokenizers" in compare.cautions(runs)[0]
-    assert not any("*" in cell for _, cells in compare.rows(runs) for cell in cells)
-    starred = dict(compare.rows(runs, [2.0, 3.0]))["bits per byte"]
+    assert "different tokenizers" in comparison.cautions(runs)[0]
+    assert not any("*" in cell for _, cells in comparison.rows(runs) for cell in cells)
+    starred = dict(comparison.rows(runs, [2.0, 3.0]))["bits per byte"]
     assert starred == ["2.0000 *", "3.0000"]
-    assert compare.cautions(opened(folder, "a", "b")) == []
+    assert comparison.cautions(opened(folder, "a", "b")) == []
 
 
 def test_samples_are_of_the_last_step_that_all_runs_have(folder):
-    found = compare.same_step_samples(opened(folder, "a", "b"))
+    found = comparison.same_step_samples(opened(folder, "a", "b"))
     assert [step for step, _ in found] == [20, 20]
     assert found[1][1] == dict(opened(folder, "b")[0].reader.samples)[20]
 
@@ -114,7 +115,7 @@ def test_samples_are_of_the_last_step_that_all_runs_have(folder):
 def test_without_a_common_step_each_run_shows_its_last_sample(tmp_path):
     paths = [synthetic(tmp_path / f"{step}", [ROW | {"step": step, "sample": f"at {step}"}]) for step in (1, 2)]
     paths.append(synthetic(tmp_path / "none", [ROW]))
-    assert compare.same_step_samples(compare.open_runs(paths)) == [(1, "at 1"), (2, "at 2"), None]
+    assert comparison.same_step_samples(runs.open_runs(paths)) == [(1, "at 1"), (2, "at 2"), None]
 
 
 def test_a_run_without_finite_figures_or_configuration_is_shown(tmp_path, capsys):
@@ -154,7 +155,7 @@ def test_folded_names_are_whole_and_narrow(name):
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, capsys):
     path = synthetic(tmp_path / "x", [ROW | {"sample": "evil\x1b[2J"}])
     compare.main([path])
-    assert "evil␛[2J" in (out := capsys.readouterr().out) and "\x1b" not in out
+    assert "evil" in (out := capsys.readouterr().out) and "\x1b" not in out and "[2J" not in out
 
 
 def test_json(folder, capsys):
@@ -171,15 +172,15 @@ def test_json(folder, capsys):
 
 @pytest.mark.parametrize("text", [TEXT[:700], TEXT[:9], "é" * 40], ids=["windows and a rest", "a rest", "bytes"])
 def test_bits_per_byte_is_its_definition(folder, text):
-    voice = Voice(folder / "a")
-    ids, T, bits = voice.tokenizer.encode(text), 16, 0.0
+    loaded = Checkpoint.load(folder / "a" / "checkpoint_best.bin")
+    ids, T, bits = loaded.tokenizer.encode(text), 16, 0.0
     for start in range(0, len(ids) - 1, T):
         inputs, targets = ids[start:start + T], ids[start + 1:start + T + 1]
-        logits = voice.model.forward(np.array([inputs[:len(targets)]]))[0].astype(np.float64)
+        logits = loaded.model.forward(np.array([inputs[:len(targets)]]))[0].astype(np.float64)
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         bits -= log_p[np.arange(len(targets)), targets].sum() / math.log(2)
-    n_bytes = len(text.encode()) - len(voice.tokenizer.tokens[ids[0]])
-    assert compare.bits_per_byte(voice, text) == pytest.approx(bits / n_bytes, rel=1e-5)
+    n_bytes = len(text.encode()) - len(loaded.tokenizer.tokens[ids[0]])
+    assert compare._bits_per_byte(loaded, text) == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 290])
@@ -189,18 +190,18 @@ def test_a_uniform_guess_costs_log2_of_the_vocabulary_for_each_token(tmp_path, v
     Checkpoint.save(tmp_path / "zero.bin", model, tokenizer)
     ids = tokenizer.encode(TEXT)
     expected = (len(ids) - 1) * math.log2(vocab_size) / len(tokenizer.decode_bytes(ids[1:]))
-    assert compare.bits_per_byte(Voice(tmp_path / "zero.bin"), TEXT) == pytest.approx(expected, rel=1e-6)
+    assert compare._bits_per_byte(Checkpoint.load(tmp_path / "zero.bin"), TEXT) == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_run_was_trained_on_the_held_out_text(folder):
-    runs = opened(folder, "a", "c")
-    voices = [Voice(run.path) for run in runs]
-    held_out = compare.held_out_text(runs, voices)
+    found = opened(folder, "a", "c")
+    models = [compare.load_best(run) for run in found]
+    held_out = compare.held_out_text(found, models)
     assert TEXT.endswith(held_out) and 0.05 < len(held_out) / len(TEXT) < 0.15
     begins = []
-    for voice in voices:
-        trained, _ = split_tokens(voice.tokenizer.encode_to_numpy(TEXT), 0.1)
-        begins.append(len(voice.tokenizer.decode_bytes(trained)))
+    for loaded in models:
+        trained, _ = split_tokens(loaded.tokenizer.encode_to_numpy(TEXT), 0.1)
+        begins.append(len(loaded.tokenizer.decode_bytes(trained)))
     assert begins[0] != begins[1]  # else this would not show which one counts
     assert len(TEXT.encode()) - len(held_out.encode()) == max(begins)
 
@@ -232,7 +233,8 @@ def test_a_text_that_is_not_common_asks_for_a_file(folder, tmp_path, capsys, cha
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["{}"], "is no run directory: it has no training_log.csv"),
+    (["{}/text.txt"], "is not a run directory; name the directory that holds its training_log.csv"),
+    (["{}/nothing"], "is no run directory: it has no training_log.csv, and no directory in it has one"),
     (["{}/a", "--bits-per-byte", "{}/none.txt"], "with --bits-per-byte"),
     (["{}/a", "--bits-per-byte", "{}/b"], "is a directory; put the flag after the runs"),
     (["{}/a", "--bits-per-byte", "{}/one.txt"], "has 1 tokens"),
@@ -241,6 +243,7 @@ def test_a_text_that_is_not_common_asks_for_a_file(folder, tmp_path, capsys, cha
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, arguments, words):
     (folder / "one.txt").write_text("x")
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "nothing").mkdir(exist_ok=True)
     (folder / "empty" / "training_log.csv").write_text("step,train_loss\n")
     assert compare.main([argument.format(folder) for argument in arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -291,8 +294,8 @@ def test_the_runs_are_named_with_their_best_loss(matplotlib, folder):
                                                        (90_000, "hours", 3600), (math.nan, "seconds", 1)])
 def test_time_on_the_horizontal_axis_has_a_unit_that_suits(matplotlib, tmp_path, longest, name, unit):
     records = [ROW | {"step": 1, "elapsed_seconds": 2.0}, ROW | {"step": 2, "elapsed_seconds": longest}]
-    runs = compare.open_runs([synthetic(tmp_path / "long", records), synthetic(tmp_path / "short", records[:1])])
-    axes = plot.make_figure(runs, "time").axes[2]
+    found = runs.open_runs([synthetic(tmp_path / "long", records), synthetic(tmp_path / "short", records[:1])])
+    axes = plot.make_figure(found, "time").axes[2]
     assert axes.get_xlabel() == name
     assert axes.lines[0].get_xdata().tolist() == [x / unit for x in (2.0, longest) if not math.isnan(x)]
     assert axes.lines[1].get_xdata().tolist() == [2.0 / unit]
@@ -301,7 +304,7 @@ def test_time_on_the_horizontal_axis_has_a_unit_that_suits(matplotlib, tmp_path,
 @pytest.mark.parametrize(("low", "high"), [(0.45, 2.4), (1.05, 1.9), (40.0, 900.0), (1e-3, 1e4)])
 def test_a_logarithmic_axis_has_enough_numbers_on_it(matplotlib, tmp_path, low, high):
     records = [ROW | {"step": 1, "grad_norm": low}, ROW | {"step": 2, "grad_norm": high}]
-    axes = plot.make_figure(compare.open_runs([synthetic(tmp_path / "run", records)])).axes[3]
+    axes = plot.make_figure(runs.open_runs([synthetic(tmp_path / "run", records)])).axes[3]
     bottom, top = axes.get_ylim()
     assert 3 <= sum(bottom <= tick <= top for tick in axes.get_yticks()) <= 12
 
@@ -365,8 +368,8 @@ def test_the_page_holds_everything_itself_and_trusts_no_text(matplotlib, folder,
 
 @pytest.mark.parametrize("name", ["_hidden", "$x_{", "a{b}%"])
 def test_names_that_mean_something_to_matplotlib(matplotlib, tmp_path, name):
-    runs = compare.open_runs([synthetic(tmp_path / name, [ROW]), synthetic(tmp_path / "plain", [ROW])])
-    figure = plot.make_figure(runs)
+    found = runs.open_runs([synthetic(tmp_path / name, [ROW]), synthetic(tmp_path / "plain", [ROW])])
+    figure = plot.make_figure(found)
     assert len(figure.legends[0].get_texts()) == 2
     plot.render(figure, ".png")
 
@@ -379,16 +382,16 @@ def test_names_that_mean_something_to_matplotlib(matplotlib, tmp_path, name):
     [ROW | {"step": i, "learning_rate": 0.0, "grad_norm": 0.0} for i in range(1, 5)],
 ], ids=["no value", "nothing finite", "one row", "zeros on a log scale"])
 def test_poor_runs_can_be_drawn(matplotlib, tmp_path, records):
-    runs = compare.open_runs([synthetic(tmp_path / "poor", records)])
-    assert plot.render(plot.make_figure(runs), ".png")
-    assert plot.make_page(runs)
+    found = runs.open_runs([synthetic(tmp_path / "poor", records)])
+    assert plot.render(plot.make_figure(found), ".png")
+    assert plot.make_page(found)
 
 
 def test_a_log_of_another_program_can_be_drawn(matplotlib, tmp_path):
     (tmp_path / "training_log.csv").write_text("step,train_loss\n1,3.5\n2,3.25\n")
-    runs = compare.open_runs([str(tmp_path)])
-    assert drawn(plot.make_figure(runs).axes[0], linewidth=0.6)[0].get_ydata().tolist() == [3.5, 3.25]
-    compare.rows(runs)
+    found = runs.open_runs([str(tmp_path)])
+    assert drawn(plot.make_figure(found).axes[0], linewidth=0.6)[0].get_ydata().tolist() == [3.5, 3.25]
+    comparison.rows(found)
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(folder, capsys, monkeypatch):

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from feste.cli import guarded
-from tools.compare import Run, cautions, labels, open_runs, rows, same_step_samples
+from tools.comparison import cautions, labels, rows, same_step_samples
+from tools.runs import Run, open_runs
 
 FORMATS = (".png", ".svg", ".html")
 # The colours of Okabe and Ito 2008, which most eyes tell apart, without the yellow that is faint on white.
@@ -266,7 +267,7 @@ def _html_table(runs: list[Run]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description="Draw the curves of runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
     parser.add_argument("-o", "--output", default="loss.png", metavar="FILE",
                         help=f"{', '.join(FORMATS)} by its ending (default: loss.png)")
     parser.add_argument("--x", choices=AXES, default="step", help="what the horizontal axis counts (default: step)")

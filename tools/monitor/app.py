@@ -19,7 +19,7 @@ from textual.widgets import Footer, Static
 from tools.monitor import keys
 from tools.monitor.curve import View
 from tools.monitor.picture import AXES, LINES, METRICS, SPANS, convert
-from tools.monitor.runs import SORTS, Run, Watch, in_order
+from tools.monitor.runs import SORTS, FollowedRun, Watch, in_order
 from tools.monitor.widgets import Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
 
 POLL_SECONDS = 0.4
@@ -72,7 +72,7 @@ class Monitor(App):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
-        self.selected: Run | None = None
+        self.selected: FollowedRun | None = None
         self.pinned: list[str] = []
         self.sort = SORTS[0]
         self.sample_step: int | None = None  # None: the newest
@@ -132,7 +132,7 @@ class Monitor(App):
 
     # ---- showing ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[FollowedRun]:
         return in_order(list(self.watch.runs.values()), self.sort)
 
     def show(self) -> None:
@@ -180,7 +180,7 @@ class Monitor(App):
 
     # ---- runs ------------------------------------------------------------------------------------------------
 
-    def select(self, run: Run) -> None:
+    def select(self, run: FollowedRun) -> None:
         self.selected = run
         self.plot.options.cursor = None
         self.show()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from feste.runlog import RunLog, perplexity
+from feste.evaluation import perplexity
+from feste.run.log import RunLog
+from feste.run.names import LOCK, LOG
 
 VOCABULARY, FLOOR = 1536, 1.35
 STEPS, FIRST_ROWS, STEPS_PER_SECOND = 4000, 900, 20.0
@@ -32,7 +35,7 @@ class Demo:
         self._log = _open(folder / "demo_medium", STEPS)
         self._rows = _Rows(4, STEPS, FLOOR)
         for _ in range(FIRST_ROWS):
-            self._log.log(self._rows.next())
+            self._log.write(self._rows.next())
         self._log.flush()
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -40,7 +43,7 @@ class Demo:
 
     def _train(self) -> None:
         while self._rows.step < STEPS and not self._stop.wait(1 / STEPS_PER_SECOND):
-            self._log.log(self._rows.next())
+            self._log.write(self._rows.next())
 
     def __exit__(self, *error) -> None:
         self._stop.set()
@@ -50,19 +53,21 @@ class Demo:
 
 
 def _open(path: Path, steps: int) -> RunLog:
+    path.mkdir()
     return RunLog(path, {"planned_steps": steps, "parameters": 4_011_520, "model": {"vocab_size": VOCABULARY},
-                         "train": {"sample_prompt": "To be"}, "tokens_per_step": 2048})
+                         "train": {"sample_prompt": "To be"}, "tokens_per_step": 2048}, locked=True)
 
 
 def _past(path: Path, seed: int, steps: int, rows: int, floor: float, state: str, reason: str | None = None) -> None:
     log, made = _open(path, steps), _Rows(seed, steps, floor)
     for _ in range(rows):
-        log.log(made.next())
+        log.write(made.next())
     if state == "failed":
-        log.log(made.next() | {"train_loss": math.nan, "train_perplexity": math.nan, "grad_norm": math.inf})
-    if state == "running":
-        log.update(process_started=1)  # no process began then: it is gone without an end record
+        log.write(made.next() | {"train_loss": math.nan, "train_perplexity": math.nan, "grad_norm": math.inf})
     log.close(state, reason)
+    if state == "running":  # a lock that nobody holds, and a log that has long been quiet: it was killed
+        (path / LOCK).touch()
+        os.utime(path / LOG, (time.time() - 3600,) * 2)
 
 
 class _Rows:

@@ -9,7 +9,7 @@ import numpy as np
 from feste import terminal as text
 from tools.monitor.curve import Axes, Picture, Row, Series, View, draw, message
 from tools.monitor.numbers import finite, smooth, ticks, time_ticks, value_at
-from tools.monitor.runs import Run
+from tools.monitor.runs import FollowedRun
 
 SPANS = (1, 10, 50, 250)  # rows in the moving average
 LINES = ("both", "validation", "training")
@@ -47,14 +47,14 @@ class Options:
         return "  ".join(word for word in words if word)
 
 
-def x_of(run: Run, axis: str) -> np.ndarray:
+def x_of(run: FollowedRun, axis: str) -> np.ndarray:
     """Steps, seconds, or tokens seen, which are NaN if run.json does not tell how many a step has."""
     if axis == "tokens":
         return run.columns["step"] * (run.summary.tokens_per_step or np.nan)
     return run.columns["step" if axis == "step" else "elapsed_seconds"]
 
 
-def extent(runs: list[Run], axis: str) -> tuple[float, float]:
+def extent(runs: list[FollowedRun], axis: str) -> tuple[float, float]:
     """The first and the last x of some runs."""
     ends = []
     for run in runs:
@@ -66,7 +66,7 @@ def extent(runs: list[Run], axis: str) -> tuple[float, float]:
     return (min(ends), max(ends)) if ends else (0.0, 1.0)
 
 
-def convert(options: Options, run: Run, axis: str) -> None:
+def convert(options: Options, run: FollowedRun, axis: str) -> None:
     """Change the x axis; the same part of the run stays in view."""
     old, new = finite(x_of(run, options.axis), x_of(run, axis))
     view, options.axis = options.view, axis
@@ -78,7 +78,8 @@ def convert(options: Options, run: Run, axis: str) -> None:
     options.cursor = None
 
 
-def picture(run: Run, pinned: list[Run], options: Options, width: int, height: int) -> tuple[Row, Picture]:
+def picture(run: FollowedRun, pinned: list[FollowedRun], options: Options, width: int,
+            height: int) -> tuple[Row, Picture]:
     """A legend and the curves of a run over those of the pinned ones."""
     others = [other for other in pinned if other is not run]
     x0, x1 = options.view.bounds(*extent([run, *others], options.axis))
@@ -95,7 +96,7 @@ def picture(run: Run, pinned: list[Run], options: Options, width: int, height: i
     return legend, draw(series, axes, width, height)
 
 
-def _series(run: Run, options: Options, x0: float, x1: float, alone: bool, main: bool) -> list[Series]:
+def _series(run: FollowedRun, options: Options, x0: float, x1: float, alone: bool, main: bool) -> list[Series]:
     """The curves of a run. Of a pinned one, only one, with the run's marker on it."""
     x, made = x_of(run, options.axis), []
     val = finite(x, run.columns["val_loss"]) if options.metric == "loss" and options.lines != "training" else ((), ())
@@ -113,13 +114,13 @@ def _series(run: Run, options: Options, x0: float, x1: float, alone: bool, main:
     return made
 
 
-def _ln_v(run: Run) -> tuple[tuple[float, str], ...]:
+def _ln_v(run: FollowedRun) -> tuple[tuple[float, str], ...]:
     """The loss of a model that knows nothing: every token of the vocabulary is as likely."""
     size = run.summary.vocabulary_size
     return ((float(np.log(size)), f"ln V = {np.log(size):.2f}"),) if size else ()
 
 
-def _best(run: Run, options: Options) -> tuple[tuple[float, float, str, str], ...]:
+def _best(run: FollowedRun, options: Options) -> tuple[tuple[float, float, str, str], ...]:
     s = run.summary
     if s.best_val_loss is None or options.lines == "training":
         return ()
@@ -128,7 +129,7 @@ def _best(run: Run, options: Options) -> tuple[tuple[float, float, str, str], ..
     return ((float(x[place]), s.best_val_loss, BEST_GLYPH, "bold"),) if place < len(x) else ()
 
 
-def _legend(run: Run, others: list[Run], options: Options, width: int) -> Row:
+def _legend(run: FollowedRun, others: list[FollowedRun], options: Options, width: int) -> Row:
     if options.metric != "loss":
         return _latest(run, others, options.metric, names=width >= NAMES_WIDTH)
     row: Row = [("━ training ", run.colour)]
@@ -138,7 +139,7 @@ def _legend(run: Run, others: list[Run], options: Options, width: int) -> Row:
     return row + [(f"  {other.marker} {text.shorten(other.name, 24)}", other.colour) for other in others]
 
 
-def _latest(run: Run, others: list[Run], metric: str, names: bool) -> Row:
+def _latest(run: FollowedRun, others: list[FollowedRun], metric: str, names: bool) -> Row:
     """The newest value of a metric in each run; in a small plot, the run list has the names to the markers."""
     row: Row = [(metric, "bold")]
     for one in [run, *others]:
@@ -147,7 +148,7 @@ def _latest(run: Run, others: list[Run], metric: str, names: bool) -> Row:
     return row
 
 
-def _read_out(run: Run, others: list[Run], options: Options) -> Row:
+def _read_out(run: FollowedRun, others: list[FollowedRun], options: Options) -> Row:
     """The values nearest to the reading line, a dash where a run does not reach it."""
     at, losses = options.cursor, options.metric == "loss"
     names = {"step": f"step {at:,.0f}", "time": text.duration(at), "tokens": f"{at:,.0f} tokens"}

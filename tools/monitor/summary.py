@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 from feste import terminal as text
 from tools.monitor.numbers import sparkline
-from tools.monitor.runs import Run, Summary
+from tools.monitor.runs import FollowedRun
+from tools.runs import Summary
 
 SPARK_WIDTH = 60
 
@@ -45,7 +46,7 @@ def pace(s: Summary) -> str:
             f"lr {text.number(s.learning_rate, '.3g')}  grad norm {text.number(s.grad_norm, '.4g')}")
 
 
-def as_text(runs: list[Run]) -> str:
+def as_text(runs: list[FollowedRun]) -> str:
     """A few lines for each run."""
     blocks = []
     for run in runs:
@@ -58,7 +59,7 @@ def as_text(runs: list[Run]) -> str:
     return "\n\n".join(blocks)
 
 
-def as_json(runs: list[Run]) -> str:
+def as_json(runs: list[FollowedRun]) -> str:
     """A list with the fields of Summary; what is unknown or not finite is null."""
     return json.dumps([{name: None if isinstance(value, float) and not math.isfinite(value) else value
                         for name, value in asdict(run.summary).items()} for run in runs], indent=1)

@@ -20,7 +20,8 @@ from tools.monitor.curve import Row
 from tools.monitor.keys import GROUPS, MOUSE
 from tools.monitor.numbers import sparkline
 from tools.monitor.picture import Options, extent, picture
-from tools.monitor.runs import Run, Summary
+from tools.monitor.runs import FollowedRun
+from tools.runs import Summary
 
 STATE_WORDS = {"early_stopped": "early stop"}
 STATE_STYLES = {"running": "bold green", "failed": "bold red", "crashed": "bold red", "stalled": "bold yellow",
@@ -55,7 +56,7 @@ class RunTable(DataTable):
         super().__init__(id="runs", cursor_type="row", zebra_stripes=False, cell_padding=0)
         self._shown: tuple = ()
 
-    def fill(self, runs: list[Run], selected: Run | None, pinned: set[str], width: int) -> None:
+    def fill(self, runs: list[FollowedRun], selected: FollowedRun | None, pinned: set[str], width: int) -> None:
         """Show the runs in this order."""
         columns = WIDE if width >= 130 else NARROW
         layout = (width, tuple(run.key for run in runs))
@@ -77,7 +78,7 @@ class RunTable(DataTable):
             self.move_cursor(row=runs.index(selected))
 
     @staticmethod
-    def _cells(run: Run, selected: bool, pinned: bool, name_width: int) -> dict[str, Text]:
+    def _cells(run: FollowedRun, selected: bool, pinned: bool, name_width: int) -> dict[str, Text]:
         s = run.summary
         done = text.compact(s.step) if s.fraction is None and s.step is not None else (
             text.UNKNOWN if s.fraction is None else f"{int(100 * s.fraction)} %")
@@ -101,7 +102,7 @@ class RunTable(DataTable):
 class Status(Static):
     """The numbers of the selected run."""
 
-    def show(self, run: Run, width: int) -> None:
+    def show(self, run: FollowedRun, width: int) -> None:
         s = run.summary
         head = joined([(f"{run.marker} {text.shorten(s.name, max(10, width - 34))}  ", f"bold {run.colour}"),
                        (summary.state(s), STATE_STYLES.get(s.state, "bold"))])
@@ -114,7 +115,7 @@ class Status(Static):
         self.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines))
 
     @staticmethod
-    def _bar(run: Run, s: Summary, width: int) -> Row:
+    def _bar(run: FollowedRun, s: Summary, width: int) -> Row:
         words = f" {summary.progress(s)}  {summary.times(s, both=width >= 100)}"
         wide = max(0, width - len(words))
         full = round((s.fraction or 0.0) * wide)
@@ -134,13 +135,13 @@ class Plot(Widget):
         super().__init__(id=id)
         self.options = Options()
         self.metric = metric
-        self.run: Run | None = None
-        self.pinned: list[Run] = []
+        self.run: FollowedRun | None = None
+        self.pinned: list[FollowedRun] = []
         self._picture = None
         self._shown: tuple = ()
         self._dragged: int | None = None
 
-    def show(self, run: Run | None, pinned: list[Run], options: Options) -> None:
+    def show(self, run: FollowedRun | None, pinned: list[FollowedRun], options: Options) -> None:
         self.run, self.pinned, self.options = run, pinned, options
         shown = ([one and (one.key, one.summary) for one in (run, *pinned)], replace(options))
         if shown != self._shown:  # a long run is not drawn again for nothing
@@ -239,7 +240,7 @@ class Samples(Vertical):
         with VerticalScroll(id="sample_scroll", can_focus=False):
             yield Static(id="sample_text", markup=False)
 
-    def show(self, run: Run, index: int | None) -> None:
+    def show(self, run: FollowedRun, index: int | None) -> None:
         """The sample of that index, None if there is none."""
         width = max(10, self.size.width - 2)
         if index is None:
@@ -260,7 +261,7 @@ class Samples(Vertical):
             self.query_one("#sample_scroll").scroll_home(animate=False)
 
     @staticmethod
-    def _body(run: Run, sample: str) -> Text:
+    def _body(run: FollowedRun, sample: str) -> Text:
         body = Text(text.clean(sample))
         train = run.info.get("train")
         prompt = train.get("sample_prompt") if isinstance(train, dict) else None

@@ -16,10 +16,14 @@ from pathlib import Path
 
 from feste.cli import guarded
 from feste.config import PRECISIONS
+from feste.errors import FesteError
+from feste.run.names import is_run
+from tools.repl.answers import DIALS, LoadedModel, Settings
 from tools.repl.loop import COMMANDS, Repl
-from tools.repl.voice import DIALS, Settings, Voice
+from tools.runs import has_checkpoint, newest_with_checkpoint
 
 HISTORY_LINES = 1000
+HINTS = {"runs": "name run directories, or folders of them"}
 
 
 def history_path() -> Path:
@@ -68,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.repl", description="Talk to a model.",
                                      epilog="With a pipe for standard input, each line is a prompt (or a command), "
                                      "and only the answers go to standard output.")
-    parser.add_argument("path", nargs="?", metavar="CHECKPOINT_OR_RUN", help="of a run directory: its best checkpoint")
+    parser.add_argument("paths", nargs="*", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or of a run its best one; "
+                        "of several runs, or a folder of runs, that of the newest")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answer each prompt from two checkpoints")
     for name, dial in DIALS.items():
         default = getattr(Settings, dial.field)
@@ -81,24 +86,33 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> int:
-    if (args.path is None) == (args.compare is None):
-        raise ValueError("name one checkpoint or run directory, or two with --compare A B")
+    if bool(args.paths) == bool(args.compare):
+        raise FesteError("name a checkpoint or run directories, or two with --compare A B")
     settings = _settings(args)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    voices = [Voice(path, args.precision) for path in args.compare or [args.path]]
-    for line in (line for voice in voices for line in voice.passed_over):
+    models = [LoadedModel(path, args.precision) for path in args.compare or [_one_of(args.paths)]]
+    for line in (line for loaded in models for line in loaded.passed_over):
         print(f"passed over: {line}", file=sys.stderr)
-    repl = Repl(voices, settings, interactive, "\0" if args.null else "\n")
+    repl = Repl(models, settings, interactive, "\0" if args.null else "\n")
     if not interactive:
         sys.stdin.reconfigure(encoding="utf-8")
         sys.stdout.reconfigure(encoding="utf-8")
         return repl.run(_script_line)
     sys.stdout.reconfigure(errors="replace")
-    for voice in voices:
-        repl.say(f"{voice.name}: {voice.model.num_parameters():,} parameters, step {voice.step:,}", "bold")
+    for loaded in models:
+        repl.say(f"{loaded.name}: {loaded.model.num_parameters():,} parameters, step {loaded.step:,}", "bold")
     repl.say("/help lists the commands, Ctrl+C stops an answer, Ctrl+D ends")
     with line_editing():
         return repl.run(input)
+
+
+def _one_of(paths: list[str]) -> Path:
+    """The checkpoint or run that some paths mean: the only one, or the newest run."""
+    if len(paths) == 1 and (not (path := Path(paths[0])).is_dir() or is_run(path) or has_checkpoint(path)):
+        return path
+    newest, count = newest_with_checkpoint(paths)
+    print(f"{newest}: the newest of {count} runs", file=sys.stderr)
+    return newest
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -115,11 +129,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        return guarded(lambda: _quietly(args))
-    except BrokenPipeError:  # whoever read the answers has enough; Python must not complain of it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return guarded(lambda: _quietly(args), HINTS)
 
 
 def _quietly(args: argparse.Namespace) -> int:

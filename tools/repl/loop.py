@@ -18,8 +18,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from feste.terminal import shorten
-from tools.repl.voice import DIALS, Answer, Settings, Voice, visible
+from feste.terminal import clean, shorten
+from tools.repl.answers import DIALS, Answer, LoadedModel, Settings
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
 FRAMES_PER_SECOND = 12
@@ -28,9 +28,9 @@ FRAMES_PER_SECOND = 12
 class Repl:
     """Reads prompts and commands, writes answers. Messages go where they cannot mix with a script's answers."""
 
-    def __init__(self, voices: list[Voice], settings: Settings, interactive: bool, end: str = "\n") -> None:
-        self.voices, self.settings, self.interactive, self.end = voices, settings, interactive, end
-        self.names = telling_names([voice.name for voice in voices])
+    def __init__(self, models: list[LoadedModel], settings: Settings, interactive: bool, end: str = "\n") -> None:
+        self.models, self.settings, self.interactive, self.end = models, settings, interactive, end
+        self.names = telling_names([loaded.name for loaded in models])
         self.console = Console(stderr=not interactive, highlight=False)
         self.prompt: str | None = None
         self.transcript: list[str] = []
@@ -62,13 +62,13 @@ class Repl:
             self.answer(line[1:] if line.startswith("//") else line)
 
     def say(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(visible(text), style), soft_wrap=not self.interactive)
+        self.console.print(Text(clean(text), style), soft_wrap=not self.interactive)
 
     # ---- answering ------------------------------------------------------------------------------------------
 
     def answer(self, prompt: str) -> None:
         seed = secrets.randbelow(1 << 32) if self.settings.seed is None else self.settings.seed
-        answers = [Answer(voice, prompt, self.settings, seed) for voice in self.voices]
+        answers = [Answer(loaded, prompt, self.settings, seed) for loaded in self.models]
         self.prompt = prompt
         for answer in answers:
             self._say_if_cut(answer)
@@ -87,12 +87,12 @@ class Repl:
             self.say(f"[{stopped}{'; '.join(map(self._speed, self.names, answers))}; seed {seed}]")
 
     def _say_if_cut(self, answer: Answer) -> None:
-        context = answer.voice.model.config.block_size
+        context = answer.loaded.model.config.block_size
         if len(answer.ids) > context:
-            self.say(f"the prompt has {len(answer.ids)} tokens; {answer.voice.name} sees the last {context}")
+            self.say(f"the prompt has {len(answer.ids)} tokens; {answer.loaded.name} sees the last {context}")
 
     def _speed(self, name: str, answer: Answer) -> str:
-        name = f"{name}: " if len(self.voices) > 1 else ""
+        name = f"{name}: " if len(self.models) > 1 else ""
         return f"{name}{answer.tokens:,} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:,.0f} tokens/s"
 
     def _plain(self, prompt: str, answers: list[Answer]) -> None:
@@ -108,14 +108,14 @@ class Repl:
                 print(*answer.texts, sep=self.end, end=self.end, flush=True)
 
     def _stream(self, prompt: str, answers: list[Answer]) -> None:
-        self.console.print(Text(visible(prompt), "bold"), end="", soft_wrap=True)
+        self.console.print(Text(clean(prompt), "bold"), end="", soft_wrap=True)
         for [piece] in answers[0]:
-            sys.stdout.write(visible(piece))
+            sys.stdout.write(clean(piece))
             sys.stdout.flush()
         self.console.print()
 
     def _side_by_side(self, prompt: str, answers: list[Answer]) -> None:
-        self.console.print(Text(visible(prompt), "bold"), soft_wrap=True)
+        self.console.print(Text(clean(prompt), "bold"), soft_wrap=True)
         # The display asks for the columns when it draws, so drawing does not slow the tokens down.
         with Live(console=self.console, get_renderable=partial(self._columns, answers),
                   refresh_per_second=FRAMES_PER_SECOND):
@@ -126,14 +126,14 @@ class Repl:
         titled = [(name * (len(answers) > 1), f" {i}" * (len(answer.texts) > 1), text)
                   for name, answer in zip(self.names, answers, strict=True) for i, text in enumerate(answer.texts, 1)]
         width = self.console.width // max(1, min(len(titled), self.console.width // NARROWEST))
-        panels = [Panel(Text(visible(text)), title=Text((shorten(name, width - len(number) - 6) + number).strip()))
+        panels = [Panel(Text(clean(text)), title=Text((shorten(name, width - len(number) - 6) + number).strip()))
                   for name, number, text in titled]
         return Columns(panels, width=width, padding=0)
 
     def _record(self, prompt: str, answers: list[Answer], seed: int) -> None:
         for answer in answers:
             for i, text in enumerate(answer.texts, 1):
-                self.transcript.append(f"=== {answer.voice.name}, step {answer.voice.step}, sample {i}; "
+                self.transcript.append(f"=== {answer.loaded.name}, step {answer.loaded.step}, sample {i}; "
                                        f"{replace(self.settings, seed=seed)}\n{prompt}{text}\n")
 
 
@@ -186,11 +186,11 @@ def _again(repl: Repl, argument: str) -> None:
 def _tokens_of(repl: Repl, argument: str) -> None:
     if not argument:
         raise ValueError("name a text, for example /tokens-of To be, or not to be")
-    for voice in repl.voices:
-        ids = voice.tokenizer.encode(argument)
+    for loaded in repl.models:
+        ids = loaded.tokenizer.encode(argument)
         n_bytes = len(argument.encode())
-        repl.say(f"{voice.name}: {len(ids)} tokens for {n_bytes} bytes, {n_bytes / len(ids):.2f} bytes a token")
-        pieces = (Text.assemble((str(i), "dim"), (f" {token_text(voice.tokenizer.tokens[i])}", "bold")) for i in ids)
+        repl.say(f"{loaded.name}: {len(ids)} tokens for {n_bytes} bytes, {n_bytes / len(ids):.2f} bytes a token")
+        pieces = (Text.assemble((str(i), "dim"), (f" {token_text(loaded.tokenizer.tokens[i])}", "bold")) for i in ids)
         repl.console.print(Text(" │ ").join(pieces))
 
 
@@ -203,15 +203,15 @@ def token_text(token: bytes) -> str:
 
 
 def _info(repl: Repl, argument: str) -> None:
-    for voice in repl.voices:
-        _print_pairs(repl, voice.facts().items())
+    for loaded in repl.models:
+        _print_pairs(repl, loaded.facts().items())
     _print_pairs(repl, [("settings", str(repl.settings))])
 
 
 def _print_pairs(repl: Repl, pairs) -> None:
     table = Table.grid(padding=(0, 2))
     for left, right in pairs:
-        table.add_row(Text(left, "bold"), Text(visible(right)))
+        table.add_row(Text(left, "bold"), Text(clean(right)))
     repl.console.print(table)
 
 

@@ -5,21 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from feste import Checkpoint, find_checkpoint, generation, ops, perplexity
-from feste.tokenizer import BPETokenizer
-
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-
-
-def visible(text: str) -> str:
-    """A text that cannot steer the terminal: control characters but newline and tab become visible signs."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else
-                   chr(0x2400 + ord(c)) if ord(c) < 0x20 else UNKNOWN for c in text)
-
+from feste import BPETokenizer, Checkpoint, Sampler, find_checkpoint, ops, perplexity
+from feste.errors import FesteError
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -76,8 +66,8 @@ class Settings:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         self.sampler(0)
 
-    def sampler(self, seed: int) -> generation.Sampler:
-        return generation.Sampler(self.temperature, self.top_k, self.top_p, seed)
+    def sampler(self, seed: int, vocab_size: int | None = None) -> Sampler:
+        return Sampler(self.temperature, self.top_k, self.top_p, seed, vocab_size)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {dial.word(getattr(self, dial.field))}" for name, dial in DIALS.items())
@@ -86,7 +76,7 @@ class Settings:
 # ---- models and their answers ------------------------------------------------------------------------------
 
 
-class Voice:
+class LoadedModel:
     """The model and tokenizer of a checkpoint; of a run directory, those of its best checkpoint."""
 
     def __init__(self, path: str | os.PathLike, precision: str | None = None) -> None:
@@ -96,7 +86,7 @@ class Voice:
         self.train_config = checkpoint.train_config or {}
         beside = self.path.parent / "tokenizer.json"
         if checkpoint.tokenizer is None and not beside.exists():
-            raise ValueError(f"{self.path} holds no tokenizer and there is no {beside}; save one there with "
+            raise FesteError(f"{self.path} holds no tokenizer and there is no {beside}; save one there with "
                              "tokenizer.save")
         self.tokenizer = checkpoint.tokenizer or BPETokenizer.load(beside)
         self.name = f"{self.path.absolute().parent.name}/{self.path.name}"
@@ -115,33 +105,29 @@ class Voice:
 
 
 class Answer:
-    """Continuations of a prompt by one voice, as many as settings.samples, made together.
+    """Continuations of a prompt of one model, as many as settings.samples, made together.
 
     Iterating makes a token of each and yields the pieces of text that are complete with it.
     """
 
-    def __init__(self, voice: Voice, prompt: str, settings: Settings, seed: int) -> None:
-        self.voice, self.settings, self.seed = voice, settings, seed
-        self.ids = generation.check_request(voice.tokenizer.encode(prompt), settings.tokens,
-                                            voice.model.config.vocab_size)
+    def __init__(self, loaded: LoadedModel, prompt: str, settings: Settings, seed: int) -> None:
+        self.loaded, self.settings, self.seed = loaded, settings, seed
+        self.ids = loaded.tokenizer.encode(prompt)
         self.texts = [""] * settings.samples
         self.tokens, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[list[str]]:
-        decoders = [self.voice.tokenizer.stream_decoder() for _ in self.texts]
+        decoders = [self.loaded.tokenizer.stream_decoder() for _ in self.texts]
         begun = time.perf_counter()
-        for ids in self.voice.model.stream(self.ids, self.settings.samples, self.settings.tokens,
-                                           self.settings.sampler(self.seed)):
-            pieces = [self._piece(decoder, i) for decoder, i in zip(decoders, ids, strict=True)]
+        # A model may have room for more tokens than its tokenizer knows.
+        sampler = self.settings.sampler(self.seed, self.loaded.tokenizer.vocab_size)
+        for ids in self.loaded.model.stream(self.ids, self.settings.samples, self.settings.tokens, sampler):
+            pieces = [decoder.feed(i) for decoder, i in zip(decoders, ids, strict=True)]
             self.tokens += len(ids)
             self.seconds += time.perf_counter() - begun
             yield self._add(pieces)
             begun = time.perf_counter()
         yield self._add([decoder.flush() for decoder in decoders])
-
-    def _piece(self, decoder, token_id: int) -> str:
-        # A model may have room for more tokens than its tokenizer knows.
-        return decoder.feed(token_id) if token_id < self.voice.tokenizer.vocab_size else UNKNOWN
 
     def _add(self, pieces: list[str]) -> list[str]:
         self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
