@@ -1,4 +1,4 @@
-"""What a training script shows while it runs: a bar on a terminal, plain lines in a pipe."""
+"""What a training script shows while it runs: a bar on a terminal, plain lines in a pipe or a notebook."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ LINE_SECONDS = 10.0
 
 def discard_output() -> None:
     """From now on standard output goes nowhere: whoever read it has gone."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # a notebook's standard output is no file
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, number)
     os.close(nowhere)
+
+
+def draws_a_bar() -> bool:
+    """Whether standard output is a terminal that can go back in a line; TERM=dumb says that it cannot."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager
@@ -39,7 +48,7 @@ class Progress:
     def __init__(self, config: TrainConfig, start: int = 0) -> None:
         self._val_loss, self._shown = None, 0.0
         self._console, self._bar = Console(), None
-        if sys.stdout.isatty():
+        if draws_a_bar():
             self._bar = RichProgress(
                 BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
                 TextColumn("left"), console=self._console, auto_refresh=False)

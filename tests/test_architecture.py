@@ -9,13 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a room imports from floors below its own only.
 FLOORS = (
-    ("version", "errors", "terminal", "run", "run.names", "reference", "_ops", "_bpe", "_cpu", "_unicode"),
-    ("disk", "config", "ops", "run.rows"),
-    ("run.follow", "params", "data", "formats", "formats.*", "text"),
-    ("run.log", "tokenizer", "progress"),
-    ("tokens", "generation"),
-    ("model", "corpus"),
-    ("optim", "evaluation"),
+    ("version", "errors", "terminal", "run", "run.names", "formats", "reference", "_ops", "_bpe", "_cpu", "_unicode"),
+    ("disk", "config", "ops", "run.rows", "text", "data", "formats.vocabulary"),
+    ("run.follow", "params", "documents", "progress", "evaluation", "formats.*", "transformer"),
+    ("run.log", "tokenizer", "generation"),
+    ("tokens", "model"),
+    ("corpus", "optim"),
     ("run.checkpoint",),
     ("run.directory",),
     ("plan",),
@@ -55,9 +54,10 @@ KNOWN = {*FESTE, *TOOL, "feste._ops", "feste._bpe", "feste._cpu"} - {"feste", "t
 
 def floor(module: str) -> int:
     name = module.removeprefix("feste.")
-    for n, rooms in enumerate(FLOORS):
-        if name in rooms or (name.rpartition(".")[0] + ".*") in rooms:
-            return n
+    for room in (name, name.rpartition(".")[0] + ".*"):
+        for n, rooms in enumerate(FLOORS):
+            if room in rooms:
+                return n
     raise AssertionError(f"{module} has no floor yet: give it one above, and a place in docs/ARCHITECTURE.md")
 
 
@@ -114,7 +114,7 @@ SOURCES = [path for folder in ("feste", "tools", "examples", "tests") for path i
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_can_be_held_in_the_head(path):
     lines = path.read_text().count("\n")
-    assert lines <= (900 if path.name == "_bpe.pyx" else 700), f"{path} has {lines} lines"
+    assert lines <= (1000 if path.name == "_bpe.pyx" else 700), f"{path} has {lines} lines"
     if path.suffix == ".py" and "tests" not in path.parts:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

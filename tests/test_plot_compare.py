@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,6 +17,7 @@ from feste import GPT2, BPETokenizer, Checkpoint, Config, train_gpt2
 from feste.data import split_tokens
 from feste.run.log import RunLog
 from tools import compare, comparison, plot, runs
+from tools.monitor.__main__ import main as monitor_main
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "nobler", "mind", "suffer", "naïve", "slings"]
 TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 2500))
@@ -91,7 +93,7 @@ def test_the_table_holds_the_figures_of_the_runs(tmp_path):
     found = runs.open_runs([synthetic(tmp_path / "one", one), synthetic(tmp_path / "other", other)])
     table = dict(comparison.rows(found))
     assert table["best validation loss"] == ["5.2500 *", "5.7500"]
-    assert table["  its step"] == ["2", "2"] and table["  its perplexity"][0] == f"{math.exp(5.25):.2f}"
+    assert table["  its step"] == ["2", "2"] and table["  its perplexity"][0] == f"{math.exp(5.25):.0f}"
     assert table["validation loss, step 2"] == ["5.2500 *", "5.7500"]
     assert table["tokens per second"] == ["20", "50"] and table["time"] == ["2m 00s", "1s"]
     assert table["steps"] == ["3 of 10", "2 of 10"] and table["training tokens"] == ["-", "-"]
@@ -406,3 +408,36 @@ def test_a_bad_output_is_one_line(matplotlib, folder, capsys, output, words):
     assert plot.main([str(folder / "a"), "-o", output]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+def test_names_that_are_no_unicode_are_shown(matplotlib, tmp_path, capsys):
+    """File systems hold any bytes; a name in Latin-1 reaches Python as lone surrogates."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    synthetic(Path(path), [ROW | {"step": 1}, ROW | {"step": 2}])
+    for suffix in (".png", ".svg", ".html"):
+        assert plot.main([path, "-o", f"{path}{suffix}"]) == 0
+        assert Path(f"{path}{suffix}").stat().st_size > 1000
+    assert compare.main([path, path]) == 0 and compare.main([path, "--json"]) == 0
+    assert monitor_main([path, "--once"]) == 0 and monitor_main([path, "--json"]) == 0
+    assert "caf" in capsys.readouterr().out
+
+
+def test_a_folder_of_runs_is_its_runs(tmp_path, capsys):
+    for name in ("one", "two"):
+        synthetic(tmp_path / name, [ROW])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "training_log.csv").write_text("step,train_loss\n")
+    assert [run.name for run in runs.open_runs([tmp_path])] == ["one", "two"]
+    assert compare.main([str(tmp_path), "--json"]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["one", "two"]
+
+
+def test_bits_per_byte_are_of_the_same_bytes(folder, tmp_path):
+    """The star is on the run that needs the fewest bits, whatever the line ends and the mark of the file."""
+    (tmp_path / "plain.txt").write_text(TEXT.replace(" ", "\n"), encoding="utf-8")
+    (tmp_path / "dressed.txt").write_text(TEXT.replace(" ", "\r\n"), encoding="utf-16", newline="")
+    found = opened(folder, "a", "b", "c")
+    scores = compare.score(found, str(tmp_path / "plain.txt"))
+    assert scores == compare.score(found, str(tmp_path / "dressed.txt")) and len(set(scores)) == 3
+    starred = dict(comparison.rows(found, scores))["bits per byte"]
+    assert [cell.endswith("*") for cell in starred] == [score == min(scores) for score in scores]

@@ -368,3 +368,18 @@ def test_read_prompt(lines, prompt):
 def test_token_text_shows_what_is_there():
     tokens = (b" be", b"\n", b"\xc3", "é".encode())
     assert [token_text(token) for token in tokens] == ["' be'", r"'\n'", r"'\xc3'", "'é'"]
+
+
+def test_of_several_runs_the_newest_with_a_checkpoint_answers(folder, tmp_path):
+    """data/shakespeare_tiny_* is one run today and two tomorrow."""
+    import json
+    import shutil
+    for name, started in (("old", "2026-01-01"), ("new", "2026-03-01"), ("bare", "2026-04-01")):
+        shutil.copytree(folder / "run", tmp_path / name)
+        (tmp_path / name / "run.json").write_text(json.dumps({"started": started}))
+    for path in (tmp_path / "bare").glob("*.bin"):
+        path.unlink()
+    for paths in ([tmp_path / name for name in ("old", "new", "bare")], [tmp_path]):
+        done = subprocess.run([sys.executable, "-m", "tools.repl", *map(str, paths), "--tokens", "3"], cwd=ROOT,
+                              input=b"To be\n", capture_output=True)
+        assert done.returncode == 0 and done.stderr.decode() == f"{tmp_path / 'new'}: the newest of 3 runs\n"

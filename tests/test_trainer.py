@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -420,3 +421,61 @@ def test_run_json_says_running_until_the_end(tmp_path):
         seen.append(json.loads((tmp_path / "run" / "run.json").read_text())["state"])
     train(tmp_path / "run", on_step=read)
     assert set(seen) == {"running"} and os.getpid() == read_info(tmp_path / "run")["pid"]
+
+
+# ---- the display -------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """Standard output that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("term", "bar"), [("xterm-256color", True), ("dumb", False), ("unknown", False)])
+def test_a_terminal_that_cannot_go_back_gets_lines(tmp_path, text_file, monkeypatch, term, bar):
+    """30,000 steps without a sign of life: a bar is not drawn on TERM=dumb, so there must be lines."""
+    shown = Terminal()
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("sys.stdout", shown)
+    assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run")]) == 0
+    steps = [line for line in shown.getvalue().splitlines() if line.startswith("step ")]
+    assert bool(steps) != bar and ("\x1b[" in shown.getvalue()) == bar
+
+
+class Notebook:
+    """Standard output as in Jupyter: neither reconfigure, nor fileno, nor a terminal."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, text: str) -> int:
+        self.written += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+def test_a_notebook_may_run_an_example(tmp_path, text_file, monkeypatch):
+    shown = Notebook()
+    monkeypatch.setattr("sys.stdout", shown)
+    assert run_preset("tiny", [*TINY_FLAGS, "--data", str(text_file), "--run-dir", str(tmp_path / "run")]) == 0
+    assert "finished at step" in shown.written
+    cli.discard_output()  # what follows when a reader goes away
+
+
+def test_the_farewell_cannot_steer_a_terminal(tmp_path, capsys, monkeypatch):
+    """A model of terminal logs writes window titles; they must not reach the window."""
+    (tmp_path / "log.txt").write_text("\x1b]0;a title\x07$ ls\r\n\x1b[31mred\x1b[0m\n" * 400)
+    quick = ["--vocab-size", "280", "--block-size", "16", "--n-embd", "16", "--steps", "40", "--learning-rate", "0.01"]
+    assert run_preset("tiny", ["--data", str(tmp_path / "log.txt"), "--run-dir", str(tmp_path / "run"), *quick]) == 0
+    said = capsys.readouterr().out
+    assert "--- temperature" in said and not set("\x1b\x07\x9b") & set(said)
