@@ -21,6 +21,7 @@ from feste.tokenizer import BPETokenizer
 from feste.tokens import is_token_directory, load_tokens
 
 SHAKESPEARE = "the complete works of Shakespeare"
+OWN_COPY = Path("data", "shakespeare.txt")  # comes first
 SHAKESPEARE_FILE = "shakespeare.txt.xz"
 SHAKESPEARE_SHA256 = "64d0f3aab6c2b9b92ced74b927a209a7fae861daf9d7ea72ede67519b43d83fe"
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
@@ -108,7 +109,9 @@ class Source:
 
 
 def shakespeare_text() -> str:
-    """The complete works, 5,057,240 characters."""
+    """The complete works, 5,057,240 characters; data/shakespeare.txt if the working directory has one."""
+    if OWN_COPY.exists():
+        return read_text(OWN_COPY)
     packed = files("feste").joinpath(SHAKESPEARE_FILE)
     try:
         data = lzma.decompress(packed.read_bytes())

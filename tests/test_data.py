@@ -88,7 +88,15 @@ def test_the_complete_works_come_with_the_package(tmp_path, monkeypatch):
     assert files("feste").joinpath("shakespeare.txt.xz").stat().st_size < 2_000_000
 
 
-def test_a_damaged_copy_is_not_used(monkeypatch):
+def test_a_copy_of_ones_own_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shakespeare.txt").write_bytes(b"my own\r\n")
+    assert shakespeare_text() == "my own\n"
+
+
+def test_a_damaged_copy_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", "0" * 64)
     with pytest.raises(CorpusError, match="is damaged; install feste again"):
         shakespeare_text()
