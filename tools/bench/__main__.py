@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
-from feste import ops
+from feste import BPETokenizer, ops, shakespeare_text
 from tools.bench import report
-from tools.bench.contest import Figure, alternate, figures, ratios
+from tools.bench.alternation import Figure, alternate, figures, ratios
+from tools.bench.documents import VOCAB_SIZES
+from tools.bench.generation import TOKENS
+from tools.bench.inputs import write_inputs
 from tools.bench.profile import profile
-from tools.bench.sizes import SIZES
+from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
 PRECISIONS = ("fp32", "bf16")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses of the first steps, in nats
+DOCUMENT_LENGTHS = [6, 60, 600, 6_000, 60_000, 6_000_000]
 ACCUMULATION = {"gpt2": 4}                # as in the presets: mini-batches are what keeps memory small
 
 
@@ -20,17 +26,25 @@ def quiet(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def peers_of(size: str, peers, folder: str) -> dict[str, dict]:
+    """What each form of PyTorch is told of a model: the file of its parameters and its batch, heads and threads."""
+    if not peers:
+        return {}
+    config = model_config(size)
+    inputs = write_inputs(Path(folder, f"{size}.npz"), config, SEQUENCES)
+    return {name: {"inputs": inputs, "n_heads": config.n_heads, "threads": ops.get_num_threads()} for name in peers}
+
+
 def steps(args) -> dict:
     """Whole optimizer steps of 8 sequences, beside PyTorch eager and compiled."""
     report.headline("optimizer steps of 8 sequences a second: median (range)")
     rows, tables = [], []
     for size in args.sizes:
-        for precision in args.precisions:
-            contenders = {name: {"size": size, "contender": name, "precision": precision, "seconds": args.seconds}
-                          for name in ("feste", *args.peers)}
-            contenders["feste"]["accumulation"] = ACCUMULATION.get(size, 1)
-            results, missing = alternate("steps", contenders, args.rounds, quiet)
-            verify_losses(results, TOLERANCE[precision])
+        with tempfile.TemporaryDirectory() as folder:
+            told = {"feste": {"size": size, "accumulation": ACCUMULATION.get(size, 1)},
+                    **peers_of(size, args.peers, folder)}
+            measured = {precision: _steps_in(precision, told, args) for precision in args.precisions}
+        for precision, (results, missing) in measured.items():
             rows.append(steps_row(size, precision, results, missing))
             tables.append(steps_cells(rows[-1], results))
     report.show(["model", "precision", "feste", "PyTorch eager", "PyTorch compile", "ratio to the best", "of peak"],
@@ -44,8 +58,16 @@ def steps(args) -> dict:
     return {"steps": rows}
 
 
+def _steps_in(precision: str, told: dict[str, dict], args) -> tuple[dict, dict]:
+    """Results of every program in one precision; their losses must agree."""
+    programs = {name: arguments | {"precision": precision, "seconds": args.seconds} for name, arguments in told.items()}
+    results, missing = alternate("steps", programs, args.rounds, args.peer_python, quiet)
+    verify_losses(results, TOLERANCE[precision])
+    return results, missing
+
+
 def verify_losses(results: dict[str, list[dict]], tolerance: float) -> None:
-    """All contenders start from the same weights and see the same batch, so they must report the same losses."""
+    """All programs start from the same weights and see the same batch, so they must report the same losses."""
     ours = results["feste"][0]["losses"]
     for name, rounds in results.items():
         for theirs in rounds:
@@ -87,9 +109,10 @@ def generation(args) -> dict:
     data, table = {}, []
     for size in args.sizes:
         for precision in args.precisions:
-            common = {"size": size, "precision": precision, "seconds": args.seconds}
-            contenders = {name: common | {"contender": name} for name in ("feste", "transformers")}
-            results, _ = alternate("generation", contenders, args.rounds, quiet)
+            common = {"precision": precision, "seconds": args.seconds}
+            programs = {"feste": common | {"size": size}, "transformers": common | {
+                "model": model_config(size).to_dict(), "tokens": TOKENS[size], "threads": ops.get_num_threads()}}
+            results, _ = alternate("generation", programs, args.rounds, args.peer_python, quiet)
             measured = figures(results, "tokens_per_second")
             ratio = str(ratios(results, "tokens_per_second", "feste", "transformers")) if len(measured) == 2 else "-"
             table.append([size, precision, str(measured["feste"]), str(measured.get("transformers", "-")), ratio])
@@ -99,7 +122,7 @@ def generation(args) -> dict:
 
 
 def by_key(results: dict[str, list[dict]], keys: list[str]) -> dict[str, dict[str, list[float]]]:
-    """key -> contender -> its values, for the contenders that have the key."""
+    """key -> program -> its values, for the programs that have the key."""
     return {key: {name: [r[key] for r in rounds] for name, rounds in results.items() if key in rounds[0]}
             for key in keys}
 
@@ -108,8 +131,13 @@ def kernels(args) -> dict:
     """Single operations, beside NumPy's BLAS and PyTorch."""
     report.headline("GFLOP/s (ns/element where marked): medians")
     names = ("feste-fp32", "numpy", "torch-fp32", "feste-bf16", "torch-bf16")
-    contenders = {name: {"contender": name, "seconds": args.seconds / 10, "sizes": args.sizes} for name in names}
-    results, _ = alternate("kernels", contenders, args.rounds, quiet)
+    shapes = {}
+    for size in args.sizes:
+        c = model_config(size)
+        shapes[size] = {"gemm": gemm_shapes(size), "attention": (SEQUENCES, c.block_size, c.n_heads, c.head_size)}
+    programs = {name: {"seconds": args.seconds / 10, "shapes": shapes, "threads": ops.get_num_threads()}
+                for name in names}
+    results, _ = alternate("kernels", programs, args.rounds, args.peer_python, quiet)
     keys = list(dict.fromkeys(key for rounds in results.values() for key in rounds[0]))
     data = by_key(results, keys)
     report.show(["operation", *results], [[key, *(f"{Figure(data[key][name]).median:.3g}" if name in data[key] else "-"
@@ -120,11 +148,14 @@ def kernels(args) -> dict:
 def tokenizer(args) -> dict:
     """Training, encoding and decoding the whole corpus, beside Hugging Face, rustbpe and tiktoken."""
     report.headline("tokenizer on the whole corpus: medians")
-    contenders = {name: {"contender": name} for name in ("feste", "rustbpe", "tiktoken", "huggingface")}
-    results, _ = alternate("tokenizer", contenders, args.rounds, quiet)
-    digests = {rounds[0]["digest"] for rounds in results.values() if "digest" in rounds[0]}
-    if len(digests) > 1:
-        raise SystemExit(f"the contenders' token ids differ: {digests}")
+    with tempfile.TemporaryDirectory() as folder:
+        text, ranks = Path(folder, "corpus.txt"), Path(folder, "ranks.tiktoken")
+        text.write_text(shakespeare_text(), encoding="utf-8")
+        BPETokenizer.train(shakespeare_text(), VOCAB_SIZES[-1]).export_tiktoken(ranks)
+        programs = {name: {"text": str(text), "ranks": str(ranks)}
+                    for name in ("feste", "rustbpe", "tiktoken", "huggingface")}
+        results, _ = alternate("tokenizer", programs, args.rounds, args.peer_python, quiet)
+    require_one({rounds[0]["digest"] for rounds in results.values() if "digest" in rounds[0]})
     keys = [key for key in results["feste"][0] if key != "digest"]
     data = by_key(results, keys)
     report.show(["", *results], [[key, *(str(Figure(data[key][name])) if name in data[key] else "-"
@@ -132,10 +163,34 @@ def tokenizer(args) -> dict:
     return {"tokenizer": data}
 
 
+def require_one(digests: set) -> None:
+    if len(digests) > 1:
+        raise SystemExit(f"the programs' token ids differ: {digests}")
+
+
+def documents(args) -> dict:
+    """Many documents: training on an iterable and encode_batch, beside Hugging Face, by the length of a document."""
+    report.headline("microseconds a document: medians (range)")
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "corpus.txt")
+        text.write_text(shakespeare_text(), encoding="utf-8")
+        told = {"text": str(text), "lengths": DOCUMENT_LENGTHS, "vocab_size": 2000, "threads": ops.get_num_threads()}
+        results, _ = alternate("documents", {"feste": told, "huggingface": told}, args.rounds, args.peer_python, quiet)
+    for length in DOCUMENT_LENGTHS:
+        require_one({rounds[0][f"digest {length}"] for rounds in results.values()})
+    keys = [key for key in results["feste"][0] if not key.startswith("digest")]
+    data, table = by_key(results, keys), []
+    for key in keys:
+        ratio = str(ratios(results, key, "huggingface", "feste")) if len(results) == 2 else "-"
+        table.append([key, *(str(Figure(data[key][name])) for name in results), ratio])
+    report.show(["characters", *results, "ratio"], table)
+    return {"documents": data}
+
+
 def growth(args) -> dict:
     """Time to encode texts that are hard for an encoder, against their length."""
     report.headline("encoding, ns for each byte, by length in bytes; constant is linear time")
-    results, _ = alternate("tokenizer_growth", {"feste": {}}, 1, quiet)
+    results, _ = alternate("tokenizer_growth", {"feste": {}}, 1, say=quiet)
     cells = results["feste"][0]
     sizes = sorted({int(key.rpartition(" ")[2]) for key in cells})
     kinds = list(dict.fromkeys(key.rpartition(" ")[0] for key in cells))
@@ -163,7 +218,7 @@ def growth_chart(path: str, cells: dict, kinds: list[str], sizes: list[int]) -> 
 def stream(args) -> dict:
     """Tokenizer training on 500 MB of varied text that is never whole in memory."""
     report.headline("training V = 32,768 on a stream of varied text")
-    results, _ = alternate("tokenizer_stream", {"feste": {"megabytes": args.megabytes}}, 1, quiet)
+    results, _ = alternate("tokenizer_stream", {"feste": {"megabytes": args.megabytes}}, 1, say=quiet)
     r = results["feste"][0]
     report.console.print(f"{r['megabytes']} MB: {r['seconds']:.1f} s, peak memory beyond the text "
                          f"{r['peak_bytes_beyond_text'] / 1e6:,.0f} MB", highlight=False)
@@ -175,14 +230,15 @@ def memory(args) -> dict:
     report.headline("peak resident memory of training steps of 8 sequences, MB")
     data, table = {}, []
     for size in args.sizes:
-        for precision in args.precisions:
-            common = {"size": size, "precision": precision}
-            contenders = {"feste": common | {"contender": "feste", "accumulation": ACCUMULATION.get(size, 1)},
-                          "eager": common | {"contender": "eager"}}
-            results, _ = alternate("memory", contenders, 1, quiet)
-            data[f"{size} {precision}"] = {name: rounds[0]["peak_bytes"] for name, rounds in results.items()}
-            table.append([size, precision, *(f"{data[f'{size} {precision}'].get(name, 0) / 1e6:,.0f}"
-                                             for name in contenders)])
+        with tempfile.TemporaryDirectory() as folder:
+            told = {"feste": {"size": size, "accumulation": ACCUMULATION.get(size, 1)},
+                    **peers_of(size, ("eager",), folder)}
+            for precision in args.precisions:
+                programs = {name: arguments | {"precision": precision} for name, arguments in told.items()}
+                results, _ = alternate("memory", programs, 1, args.peer_python, quiet)
+                found = {name: rounds[0]["peak_bytes"] for name, rounds in results.items()}
+                data[f"{size} {precision}"] = found
+                table.append([size, precision, *(f"{found.get(name, 0) / 1e6:,.0f}" for name in told)])
     report.show(["model", "precision", "feste", "PyTorch eager"], table)
     return {"memory": data}
 
@@ -192,9 +248,8 @@ def length(args) -> dict:
     report.headline("medium model, one sequence: length scaling")
     lengths, table, data = (256, 512, 1024, 2048, 4096), [], {}
     for T in lengths:
-        results, _ = alternate("steps", {"feste": {"size": "medium", "contender": "feste", "precision": "fp32",
-                                                   "block_size": T, "sequences": 1, "seconds": args.seconds}},
-                               args.rounds, quiet)
+        results, _ = alternate("steps", {"feste": {"size": "medium", "precision": "fp32", "block_size": T,
+                                                   "sequences": 1, "seconds": args.seconds}}, args.rounds, say=quiet)
         rate = figures(results, "steps_per_second")["feste"]
         data[T] = {"steps_per_second": rate.values, "peak_bytes": results["feste"][0]["peak_bytes"]}
         table.append([str(T), f"{1e6 / rate.median / T:.1f}", f"{data[T]['peak_bytes'] / 1e6:,.0f}"])
@@ -207,9 +262,9 @@ def threads(args) -> dict:
     report.headline("steps a second by threads: median (range)")
     counts, data, table = list(range(1, ops.get_num_threads() + 1)), {}, []
     for size in args.sizes:
-        common = {"size": size, "contender": "feste", "precision": "fp32", "seconds": args.seconds,
+        common = {"program": "feste", "size": size, "precision": "fp32", "seconds": args.seconds,
                   "accumulation": ACCUMULATION.get(size, 1)}
-        results, _ = alternate("steps", {str(n): common | {"threads": n} for n in counts}, args.rounds, quiet)
+        results, _ = alternate("steps", {str(n): common | {"threads": n} for n in counts}, args.rounds, say=quiet)
         measured = figures(results, "steps_per_second")
         gain = ratios(results, "steps_per_second", str(counts[-1]), "1")
         data[size] = {name: figure.values for name, figure in measured.items()}
@@ -224,7 +279,7 @@ def saves(args) -> dict:
     data, table = {}, []
     for size in args.sizes:
         arguments = {"size": size, "accumulation": ACCUMULATION.get(size, 1)}
-        results, _ = alternate("saves", {"feste": arguments}, args.rounds, quiet)
+        results, _ = alternate("saves", {"feste": arguments}, args.rounds, say=quiet)
         data[size] = {key: figures(results, key)["feste"].values for key in results["feste"][0]}
         share = Figure([100 * value for value in data[size]["share"]])
         table.append([size, *(str(Figure([1e3 * value for value in data[size][key]]))
@@ -233,15 +288,15 @@ def saves(args) -> dict:
     return {"saves": data}
 
 
-def haul(args) -> dict:
+def long_run(args) -> dict:
     """3,000 steps of the small example: growth of memory, files left open."""
     report.headline("a long run of the small example")
-    results, _ = alternate("haul", {"feste": {"steps": 3000}}, 1, quiet)
+    results, _ = alternate("long_run", {"feste": {"steps": 3000}}, 1, say=quiet)
     r = results["feste"][0]
     report.console.print(f"{r['steps']:,} steps: {r['warm_bytes'] / 1e6:.1f} MB after the warm-up, at most "
                          f"{r['growth_bytes'] / 1e6:.2f} MB more later; {r['files_left_open']} files left open",
                          highlight=False)
-    return {"haul": r}
+    return {"long_run": r}
 
 
 def where(args) -> dict:
@@ -262,8 +317,8 @@ def monitor(args) -> dict:
     return {"monitor": result}
 
 
-DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, growth, stream, memory, length, threads,
-                                       saves, haul, where, monitor)}
+DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, documents, growth, stream, memory, length,
+                                       threads, saves, long_run, where, monitor)}
 
 
 def short(args) -> dict:
@@ -295,7 +350,9 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
                         help="forms of PyTorch to compare the steps with")
-    parser.add_argument("--rounds", type=int, default=3, help="alternations")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON",
+                        help="the interpreter of the peers, if PyTorch lives in an environment of its own")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations (default: 5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement of a round")
     parser.add_argument("--megabytes", type=int, default=500, help="text of the stream discipline")
     parser.add_argument("--json", metavar="FILE", help="write all values here")

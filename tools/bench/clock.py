@@ -1,4 +1,4 @@
-"""What the disciplines measure with: time, the machine's peak, memory."""
+"""What feste and its peers are measured with: time and memory. Nothing of feste, for the peers use it too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 
-from feste import ops
+import numpy as np
 
 
 def seconds_per_call(call: Callable[[], object], at_least: float, minimum: int = 1) -> float:
@@ -19,12 +19,30 @@ def seconds_per_call(call: Callable[[], object], at_least: float, minimum: int =
     return elapsed / count
 
 
-def measured_peak(bf16: bool, at_least: float = 0.3) -> float:
-    """Operations a second of the register tile on data in L1, all threads."""
-    done, begun = 0.0, time.perf_counter()
-    while time.perf_counter() - begun < at_least:
-        done += ops.peak_flops(20_000, bf16)
-    return done / (time.perf_counter() - begun)
+def median_seconds(call: Callable[[], object], seconds: float, least: int = 2,
+                   between: Callable[[float], None] | None = None) -> float:
+    """Median time of as many calls as fit into `seconds`: a moment's disturbance of the machine does not count.
+
+    between: called after each with the seconds it took.
+    """
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < least:
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+        if between is not None:
+            between(times[-1])
+    return float(np.median(times))
+
+
+def median_of(call: Callable[[], object], times: int = 3) -> tuple[object, float]:
+    """What a call gives, and the median of its times in seconds."""
+    results, seconds = [], []
+    for _ in range(times):
+        begun = time.perf_counter()
+        results.append(call())
+        seconds.append(time.perf_counter() - begun)
+    return results[0], float(np.median(seconds))
 
 
 def peak_memory_bytes() -> int:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from feste.run.follow import COLUMNS, LOG_NAME
+from feste.run.names import COLUMNS, LOG
 
 ROWS = 1_000_000
 REFRESHES = 20
@@ -46,7 +46,7 @@ async def main():
         await asyncio.sleep(1.0)
         times = []
         for i in range({REFRESHES}):
-            with open(Path(folder, "{LOG_NAME}"), "a") as file:
+            with open(Path(folder, "{LOG}"), "a") as file:
                 file.write(row.replace("STEP", str(rows + 1 + i)))
             times.append(refresh(app))
             assert seen(app, rows + 1 + i)
@@ -65,7 +65,7 @@ def _row(step: int) -> str:
 
 def measure(rows: int = ROWS) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder, LOG_NAME), "w") as file:
+        with open(Path(folder, LOG), "w") as file:
             file.write(",".join(COLUMNS) + "\n")
             file.writelines(_row(step) for step in range(1, rows + 1))
         begun = time.perf_counter()

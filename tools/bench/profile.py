@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import feste.model
 import feste.optim
+import feste.transformer
 from feste import GPT2, AdamW, ops
-from tools.bench.clock import measured_peak
+from tools.bench.inputs import batch
+from tools.bench.peak import measured_peak
 from tools.bench.sizes import SEQUENCES, model_config, step_flops
-from tools.bench.steps import batch, feste_stepper
+from tools.bench.steps import stepper
 
 
 class Stopwatch:
@@ -41,6 +43,12 @@ class Stopwatch:
             table.clear()
 
 
+def _put(kernels) -> None:
+    """Let the model and the optimizer call these kernels."""
+    for module in (feste.model, feste.transformer, feste.optim):
+        module.ops = kernels
+
+
 def _label(name: str, args: tuple) -> tuple[str, float]:
     """A kernel's name with its matrix shape, and the operations of a matrix product."""
     if name.startswith("linear") or name == "gemm":
@@ -56,15 +64,15 @@ def profile(size: str, precision: str, steps: int = 10) -> str:
     """A table of what the kernels of a step cost, and of what is left between them."""
     config, watch = model_config(size), Stopwatch()
     model = GPT2(config, seed=0, precision=precision)
-    step, ids_and_targets = feste_stepper(model, AdamW(model), 1), batch(config, SEQUENCES)
+    step, ids_and_targets = stepper(model, AdamW(model), 1), batch(config, SEQUENCES)
     for _ in range(2):
         step(*ids_and_targets)
-    feste.model.ops = feste.optim.ops = watch.ops
+    _put(watch.ops)
     begun = time.perf_counter()
     for _ in range(steps):
         step(*ids_and_targets)
     total = time.perf_counter() - begun
-    feste.model.ops = feste.optim.ops = ops
+    _put(ops)
     peak = measured_peak(precision == "bf16")
     lines = [f"{size} {precision}: {1e3 * total / steps:.2f} ms a step, "
              f"{step_flops(config) * steps / total / peak:.1%} of the peak of {peak / 1e9:.0f} GFLOP/s"]

@@ -53,8 +53,7 @@ def chart(path: str, rows: list[dict]) -> None:
     import matplotlib.pyplot as plt
     labels = [f"{row['size']}\n{row['precision']}" for row in rows]
     figure, axes = plt.subplots(figsize=(1.1 * len(rows) + 2, 4))
-    contenders = ["feste", "eager", "compile"]
-    for i, name in enumerate(contenders):
+    for i, name in enumerate(("feste", "eager", "compile")):
         best = [max(row["median"].get(peer, 0) for peer in ("eager", "compile")) for row in rows]
         heights = [row["median"].get(name, 0) / b if b else 0 for row, b in zip(rows, best, strict=True)]
         places = [x + (i - 1) * 0.27 for x in range(len(rows))]

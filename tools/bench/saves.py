@@ -7,17 +7,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from feste.checkpoint import CheckpointWriter
 
 from feste import GPT2, AdamW
 from feste.config import TrainConfig
+from feste.run.directory import CheckpointWriter
+from tools.bench.inputs import batch
 from tools.bench.sizes import SEQUENCES, model_config
-from tools.bench.steps import batch, feste_stepper
+from tools.bench.steps import stepper
 
 SAVES = 3
 
 
-def measure(size: str, accumulation: int) -> dict:
+def measure(program: str, size: str, accumulation: int) -> dict:
     """Seconds of a step and of the wait for a save, and the share of the waits in a run that saves as often as it can.
 
     That is at every validation, each with a new best loss; the periodic checkpoint shares the file of one of them.
@@ -25,7 +26,8 @@ def measure(size: str, accumulation: int) -> dict:
     config = model_config(size)
     model = GPT2(config, seed=0)
     optimizer, writer = AdamW(model), CheckpointWriter(keep_last=3)
-    step, ids_and_targets, times = feste_stepper(model, optimizer, accumulation), batch(config, SEQUENCES), []
+    writer.reserve(model, optimizer)
+    step, ids_and_targets, times = stepper(model, optimizer, accumulation), batch(config, SEQUENCES), []
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk where runs are
         for save in range(SAVES + 1):
             if save == 1:

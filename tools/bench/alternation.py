@@ -1,4 +1,4 @@
-"""Contenders in alternation: processes, medians, ratios."""
+"""feste and its peers in alternation: a process for each measurement, medians, ratios."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Figure:
-    """What one contender reached in one discipline: one value for each round."""
+    """What a program reached in one discipline: one value for each round."""
 
     values: list[float] = field(default_factory=list)
 
@@ -30,29 +30,38 @@ class Figure:
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here: its library is missing, or it failed."""
+    """A program that cannot run here: its library is missing, or it failed."""
 
 
-def run_worker(task: str, env: dict[str, str] | None = None, **arguments) -> dict:
-    """One measurement in its own process; the worker prints its result as the last line, in JSON."""
-    command = [sys.executable, "-m", "tools.bench.worker", task, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
+def run_worker(task: str, program: str = "feste", python: str = sys.executable, **arguments) -> dict:
+    """One measurement in a process of its own; the worker prints its result as the last line, in JSON.
+
+    program: feste, or a peer, whose worker loads nothing of feste and has the environment that its users have.
+    """
+    is_peer = not program.startswith("feste")
+    worker = "tools.bench.peers.worker" if is_peer else "tools.bench.worker"
+    command = [python if is_peer else sys.executable, "-m", worker, task, json.dumps(arguments | {"program": program})]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(lines[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    if is_peer and result.pop("loaded_of_feste"):
+        raise SystemExit(f"the process of {program} has loaded feste, so its figures are not its own")
+    return result
 
 
-def alternate(task: str, contenders: dict[str, dict], rounds: int, say=print) -> tuple[dict[str, list[dict]], dict]:
-    """Every contender once a round. Returns its results, round by round, and the reasons of those that cannot run."""
-    results: dict[str, list[dict]] = {name: [] for name in contenders}
+def alternate(task: str, programs: dict[str, dict], rounds: int, python: str = sys.executable,
+              say=print) -> tuple[dict[str, list[dict]], dict]:
+    """Every program once a round. Returns its results, round by round, and the reasons of those that cannot run."""
+    results: dict[str, list[dict]] = {name: [] for name in programs}
     missing: dict[str, str] = {}
     for number in range(rounds):
-        for name, arguments in contenders.items():
+        for name, arguments in programs.items():
             if name in missing:
                 continue
             try:
-                results[name].append(run_worker(task, **arguments))
+                results[name].append(run_worker(task, **{"program": name, "python": python, **arguments}))
                 say(f"  round {number + 1} {name}: {_brief(results[name][-1])}")
             except Unavailable as reason:
                 missing[name] = str(reason)

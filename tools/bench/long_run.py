@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from feste import GPT2, BPETokenizer, train_gpt2
@@ -14,7 +15,7 @@ from feste.corpus import shakespeare_text
 WARM_UP = 500  # steps: by then there were validations, a sample, and two saves
 
 
-def measure(steps: int) -> dict:
+def measure(program: str, steps: int) -> dict:
     """The small example for so many steps: how far its resident memory grew after the warm-up, and files left open."""
     preset, resident = PRESETS["small"], {}
     text = shakespeare_text()[:preset.train_chars]
@@ -26,9 +27,9 @@ def measure(steps: int) -> dict:
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
         before = _open_files()
-        settings = preset.train.to_dict_for_call() | {"num_steps": steps, "patience": steps}
-        train_gpt2(GPT2(preset.model, settings["seed"]), tokenizer, text, run_dir=Path(folder, "run"), on_step=on_step,
-                   **settings)
+        config = replace(preset.train, num_steps=steps, patience=steps)
+        train_gpt2(GPT2(preset.model, config.seed), tokenizer, text, run_dir=Path(folder, "run"), config=config,
+                   on_step=on_step)
         left_open = _open_files() - before
     later = [size for step, size in resident.items() if step > WARM_UP]
     return {"steps": steps, "warm_bytes": resident[WARM_UP], "growth_bytes": max(later) - resident[WARM_UP],

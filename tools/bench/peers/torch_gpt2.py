@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from feste.config import Config
-from feste.params import ParameterTable
 
 
 class Block(nn.Module):
@@ -28,13 +28,17 @@ class Block(nn.Module):
 
 
 class TorchGPT2(nn.Module):
-    def __init__(self, config: Config) -> None:
+    """parameters: Hugging Face's names -> arrays, as feste has them: linear weights are stored [in, out]."""
+
+    def __init__(self, parameters: Mapping[str, np.ndarray], n_heads: int) -> None:
         super().__init__()
-        C = config.n_embd
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
-        self.blocks = nn.ModuleList(Block(C, config.n_heads) for _ in range(config.n_layers))
-        self.ln_f, self.head = nn.LayerNorm(C), nn.Linear(C, config.vocab_size, bias=False)
-        self.register_buffer("positions", torch.arange(config.block_size), persistent=False)
+        (V, C), (T, _) = (parameters[f"transformer.{name}.weight"].shape for name in ("wte", "wpe"))
+        n_layers = sum(name.endswith(".mlp.c_fc.weight") for name in parameters)
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(Block(C, n_heads) for _ in range(n_layers))
+        self.ln_f, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.register_buffer("positions", torch.arange(T), persistent=False)
+        self._load(parameters)
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x = self.wte(ids) + self.wpe(self.positions[:ids.shape[1]])
@@ -43,24 +47,22 @@ class TorchGPT2(nn.Module):
         logits = self.head(self.ln_f(x))
         return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1))
 
-    def load_feste(self, table: ParameterTable, flat) -> None:
-        """Take over feste's parameters, whose linear weights are stored [in, out]."""
+    def _load(self, parameters: Mapping[str, np.ndarray]) -> None:
         short = {"attn.c_attn": "c_attn", "attn.c_proj": "attn_proj", "mlp.c_fc": "c_fc", "mlp.c_proj": "mlp_proj"}
         state = {}
-        for name, view in table.views(flat).items():
-            own = name.removeprefix("transformer.").replace("h.", "blocks.", 1) if ".h." in name else (
-                name.removeprefix("transformer.").replace("lm_head", "head"))
+        for name, array in parameters.items():
+            own = name.removeprefix("transformer.").replace("lm_head", "head")
+            own = own.replace("h.", "blocks.", 1) if ".h." in name else own
             for key, value in short.items():
                 own = own.replace(f".{key}.", f".{value}.")
-            is_linear = view.ndim == 2 and ".h." in name
-            state[own] = torch.from_numpy(view.T.copy() if is_linear else view.copy())
+            is_linear = array.ndim == 2 and ".h." in name
+            state[own] = torch.from_numpy(array.T.copy() if is_linear else array)
         self.load_state_dict(state)
 
 
-def trainer(config: Config, flat, compiled: bool, bf16: bool, accumulation: int):
+def trainer(parameters: Mapping[str, np.ndarray], n_heads: int, compiled: bool, bf16: bool, accumulation: int):
     """step(ids, targets) -> loss; ids and targets of the whole step, divided into mini-batches here."""
-    model = TorchGPT2(config)
-    model.load_feste(ParameterTable(config), flat)
+    model = TorchGPT2(parameters, n_heads)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
