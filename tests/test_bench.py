@@ -116,7 +116,7 @@ def test_the_inputs_of_a_peer_are_what_feste_begins_with(tmp_path):
 
 
 def test_a_peer_that_has_loaded_feste_is_refused(monkeypatch, tmp_path):
-    done = subprocess.CompletedProcess([], 0, json.dumps({"loaded_of_feste": ["feste.ops"], "openmp": []}), "")
+    done = subprocess.CompletedProcess([], 0, json.dumps({"loaded": {"feste": ["feste.ops"], "openmp": []}}), "")
     monkeypatch.setattr("tools.bench.alternation.subprocess.run", lambda *args, **kwargs: done)
     with pytest.raises(SystemExit, match="has loaded feste"):
         run_worker("steps", program="eager")

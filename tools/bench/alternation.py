@@ -46,7 +46,8 @@ def run_worker(task: str, program: str = "feste", python: str = sys.executable, 
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(lines[-1])
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    if is_peer and result.pop("loaded_of_feste"):
+    loaded = result.pop("loaded", {"feste": []})
+    if is_peer and loaded["feste"]:
         raise SystemExit(f"the process of {program} has loaded feste, so its figures are not its own")
     return result
 

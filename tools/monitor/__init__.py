@@ -1,1 +1,1 @@
-"""python -m tools.monitor: watch runs in the terminal. It reads run directories through feste.runlog only."""
+"""python -m tools.monitor: watch runs in the terminal. It reads run directories through feste.run.follow only."""

@@ -33,7 +33,7 @@ def measure(task: str, arguments: dict) -> dict:
 
 def main() -> None:
     result = measure(sys.argv[1], json.loads(sys.argv[2]))
-    print(json.dumps(result | {"loaded_of_feste": loaded_of_feste(), "openmp": openmp_runtimes()}))
+    print(json.dumps(result | {"loaded": {"feste": loaded_of_feste(), "openmp": openmp_runtimes()}}))
 
 
 if __name__ == "__main__":
