@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import html
 import itertools
 import json
@@ -24,6 +23,7 @@ import pytest
 from feste.run import log as run_log
 from feste.run.follow import machine
 from feste.run.names import COLUMNS, INFO, LOCK, LOG
+from feste.run.rows import record_of
 from tools.monitor import app as app_module
 from tools.monitor import summary
 from tools.monitor.__main__ import main
@@ -60,7 +60,7 @@ def csv_rows(records: list[dict], header=COLUMNS) -> list[list[str]]:
 def make_run(path: Path, records: list[dict], info: dict | None = None, header=COLUMNS) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / LOG, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *csv_rows(records, header)])
+        file.writelines(map(record_of, [header, *csv_rows(records, header)]))
     if info is not None:
         (path / INFO).write_text(json.dumps(info))
     return path
@@ -73,7 +73,7 @@ def info(state: str = "running", **more) -> dict:
 
 def append(path: Path, records: list[dict]) -> None:
     with open(path / LOG, "a", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(csv_rows(records))
+        file.writelines(map(record_of, csv_rows(records)))
 
 
 @pytest.fixture(autouse=True)

@@ -271,7 +271,8 @@ def retain(directory: Path, keep_last: int) -> None:
     """Delete periodic checkpoints but the last few; best and final stay."""
     for _, path in periodic(directory)[:-keep_last]:
         try:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
         except OSError as error:
             raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror or error}; make the "
                                   "directory writable, or keep more checkpoints", "keep_last") from error

@@ -151,7 +151,7 @@ def _numbers(cells: bytes) -> np.ndarray | None:
     """The numbers of a list in which a comma follows each, all at once; None if one is not a number.
 
     Digits are read eight at a time as one 64-bit integer. A whole number below 10**15 divided by a power of ten is
-    rounded correctly, so the result equals float(). What has not the form 123.456 goes through np.fromstring.
+    rounded correctly, so the result equals float(). What has not the form 123.456 is parsed one by one.
     """
     if cells.translate(None, NUMBER_BYTES):
         return None
@@ -169,13 +169,11 @@ def _numbers(cells: bytes) -> np.ndarray | None:
     odd = (counts < 1) | (counts > 15) | (np.bincount(owner, minlength=len(commas)) > 1)
     odd[np.searchsorted(commas, np.flatnonzero((text != ord(",")) & (text != ord(".")) & (text - 48 > 9)))] = True
     if odd.any():
+        others = text[np.repeat(odd, np.diff(commas, prepend=-1))].tobytes().split(b",")[:-1]
         try:
-            others = np.fromstring(text[np.repeat(odd, np.diff(commas, prepend=-1))].tobytes(), sep=",")
+            values[odd] = np.array(others).astype(np.float64)
         except ValueError:
             return None
-        if len(others) != np.count_nonzero(odd):
-            return None
-        values[odd] = others
     return values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, train_gpt2
 from feste.run.names import COLUMNS, LOG
+from feste.run.rows import cells_of, records
 
 CONFIG = Config(300, 16, 1, 2, 16, dropout=0.1)
 INTERVAL = 5  # steps between checkpoints of the runs that are killed
@@ -88,6 +88,5 @@ def differences(a: Path, b: Path) -> list[str]:
 def history(run_dir: Path, last: int | None = None) -> list[list[str]]:
     """The cells of the log as they stand, but for the columns of wall time."""
     keep = [i for i, name in enumerate(COLUMNS) if name not in WALL_TIME]
-    with open(run_dir / LOG, encoding="utf-8", newline="") as file:
-        rows = [[row[i] for i in keep] for row in list(csv.reader(file))[1:]]
+    rows = [[row[i] for i in keep] for row in map(cells_of, list(records((run_dir / LOG).read_bytes()))[1:])]
     return rows if last is None else rows[:last]
