@@ -13,31 +13,15 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "_blocks.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-
-/* VL lanes of float32 in a vector, and the register tile of the matrix product: MR rows by NV vectors.
- * The tile holds MR * NV accumulators; with NV vectors of B and one broadcast of A they fill the registers:
- *   AVX-512  32 registers: 8 x 2 accumulators hide the latency (4 cycles, 1 FMA a cycle) twice over, and
- *            leave an even number of rows, so that training shapes (multiples of 32) have no edge;
- *   AVX2     16 registers: 6 x 2 + 2 + 1 = 15;
- *   SSE2     16 registers, the same; NEON has 32 and does well with it. */
-#if defined(__AVX512F__)
-#define VL 16
-#define MR 8
-#elif defined(__AVX2__)
-#define VL 8
-#define MR 6
-#else
-#define VL 4
-#define MR 6
-#endif
-#define NV 2
-#define NR (NV * VL)
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
@@ -53,12 +37,13 @@ static inline vi viset(int32_t x) { return x - (vi){0}; }
 static inline vf vfloat(vi x) { return (vf)x; } /* the same bits */
 static inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 
-/* The last n < VL elements of a row, the other lanes filled; and their way back. */
+/* The last n < VL elements of a row, the other lanes filled. */
 static inline vf vload_part(const float *p, ptrdiff_t n, float fill) {
     vf x = vset(fill);
     for (ptrdiff_t i = 0; i < n; i++) x[i] = p[i];
     return x;
 }
+/* The first n < VL lanes of x become the last elements of a row; what lies behind the row stays as it is. */
 static inline void vstore_part(float *p, vf x, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) p[i] = x[i];
 }

@@ -1,0 +1,62 @@
+/* The block sizes of every instruction set, in one table, each with its reason.
+ *
+ * The names are those of BLIS (Van Zee and van de Geijn 2015): a product c (M, N) = a (M, K) b (K, N) is cut into
+ * blocks of MC rows, NC columns and KC of the depth; the register tile has MR rows and NR columns. What was measured on
+ * the way to these numbers, and what did not pay, stands in docs/LOG.md.
+ */
+#ifndef FESTE_BLOCKS_H
+#define FESTE_BLOCKS_H
+
+#if defined(__AVX512F__)
+#define BY_ISA(avx512, avx2, other) (avx512)
+#elif defined(__AVX2__)
+#define BY_ISA(avx512, avx2, other) (avx2)
+#else
+#define BY_ISA(avx512, avx2, other) (other)
+#endif
+
+enum {
+    /* ---- the register tile: MR x NR elements of c stay in registers ------------------------------------------ */
+    /*                AVX-512  AVX2  SSE2, NEON */
+    VL         = BY_ISA(  16,     8,     4), /* float32 lanes of a vector */
+    MR         = BY_ISA(   8,     6,     6), /* rows. AVX-512, 32 registers: 8 x 2 accumulators hide the latency of an
+                                              * FMA (4 cycles, 1 or 2 a cycle) twice over, and an even number of rows
+                                              * leaves no edge at training shapes (multiples of 32). AVX2 and SSE2, 16
+                                              * registers: 6 x 2 accumulators + 2 vectors of b + 1 of a = 15. NEON has
+                                              * 32 and does well with the same. */
+    NV         = BY_ISA(   2,     2,     2), /* vectors in a row: each broadcast of a serves two FMAs */
+    NR         = NV * VL,                    /* columns */
+
+    /* ---- matrix products --------------------------------------------------------------------------------------- */
+    KC         = BY_ISA( 512,   512,   512), /* depth, in 32-bit lanes: a panel of KC x NR is 64, 32 or 16 KB and streams
+                                              * from L2, while tiles of c are read and written half as often as with 256.
+                                              * It alone decides the order of additions, so it is part of the results. */
+    NC         = BY_ISA(3072,  3072,  3072), /* columns of b that all threads pack for all: x KC floats, 6 MB of L3 */
+    MC         = BY_ISA(3072,  3072,  3072), /* rows of a that all threads pack for all, where the roles are changed */
+    TASK_MC    = 16 * MR,                    /* rows of a that a thread packs for itself: 16 strips x KC floats are 256
+                                              * or 192 KB, up to half of L2 (1 MB or 512 KB) */
+    TASK_NC    = 4 * NR,                     /* columns of b that a thread packs for itself: 4 panels x KC floats */
+    MIN_TILES  = BY_ISA(   4,     4,     4), /* strips or panels of a task at least: fewer are read in pieces shorter than
+                                              * the prefetchers follow, and pass over the whole other side for little */
+    TASKS_PER_THREAD = 8,                    /* so fine that a thread which was held up costs the others little */
+    PAD        = 16,                         /* floats (a cache line) between strips and between panels, so that those
+                                              * written side by side do not fall into one set of L1 */
+    PREFETCH_ROWS = 8,                       /* rows on their way while one is packed: a set of L1 has 8 ways */
+    ROW_PRODUCT_K = 64,                      /* rows of the weight that a task takes when a single row is multiplied by
+                                              * it: 64 rows are long enough to start a thread, and their partial sums
+                                              * add up in an order that no number of threads changes */
+
+    /* ---- attention ----------------------------------------------------------------------------------------------- */
+    QUERIES    = (64 + MR - 1) / MR * MR,    /* queries of a block: whole strips, and at least 64, so that T = 64 is one
+                                              * block; 48 were 8 % slower at T = 64, 96 bring nothing more */
+
+    /* ---- sums and threads ------------------------------------------------------------------------------------------ */
+    ROW_TILE   = 64,                         /* rows whose sums are added up on their own before they join the total:
+                                              * rounding errors grow with 64 + rows / 64 additions and not with rows */
+    SUM_TILE   = 8192,                       /* elements whose squares are added in float32 lanes before they join a sum
+                                              * in float64: some 500 additions a lane with AVX-512, 2,000 with SSE2 */
+    SERIAL     = 16384,                      /* elements up to which a second thread costs more than it brings: waking it
+                                              * takes a microsecond, in which one thread does this many */
+};
+
+#endif
