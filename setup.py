@@ -110,7 +110,7 @@ def extension(module: str, source: str, flags: list[str] = (), depends: list[str
 def extensions() -> list[Extension]:
     if os.environ.get("FESTE_ISA_BUILD") == "none":
         return []
-    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=["_simd.h"]) for isa in isa_variants()]
+    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=sorted(path.name for path in [*Path("feste").glob("*.pxi"), *Path("feste").glob("*.h")])) for isa in isa_variants()]
     return [*variants, extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
 
 

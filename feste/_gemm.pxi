@@ -1,0 +1,258 @@
+# GEMM: c (M, N) = start + (a (M, K) b (K, N) + bias), after Goto and van de Geijn (2008), in the names of BLIS.
+#
+# A product is cut into blocks (sizes in _blocks.h), here as gemm_by_rows does it:
+#
+#   jc over N by NC, pc over K by KC    a block of b is packed into panels of NR columns, by all threads for all
+#     ic over M by up to TASK_MC        a task; it packs its rows of a into strips unless they serve as they lie
+#       jr over panels, ir over strips  macro_kernel, micro_kernel
+#
+# Rows of a that are contiguous float32 are never packed: MR streams, each used for every panel, stay in L1.
+
+cdef struct Gemm:
+    Output out             # (M, N)
+    Matrix a               # (M, K)
+    Matrix b               # (K, N)
+    float* column_sums     # (N) or NULL: the sums of b's columns are added to it
+    Py_ssize_t M, N, K
+    bint bf16              # round a and b to bfloat16
+
+
+cdef struct Block:         # a part of a product
+    Py_ssize_t ic, mc      # rows ic .. ic + mc of a and c
+    Py_ssize_t jc, nc      # columns jc .. jc + nc of b and c
+    Py_ssize_t pc, kc      # columns pc .. pc + kc of a, rows of b
+
+
+# ---- how a product is cut ----------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t lanes_of(const Gemm* g, Py_ssize_t k) noexcept nogil:
+    """32-bit lanes that hold k neighbours in k: a lane holds two of bfloat16."""
+    return ceil_div(k, 2) if g.bf16 else k
+
+
+cdef inline Py_ssize_t depth_of(const Gemm* g) noexcept nogil:
+    """The most of K that a block has: KC lanes."""
+    return 2 * KC if g.bf16 else KC
+
+
+cdef inline Py_ssize_t strip_stride(const Gemm* g, Py_ssize_t k) noexcept nogil:
+    """From a packed strip of a (MR, k) to the next."""
+    return MR * lanes_of(g, k) + PAD
+
+
+cdef inline Py_ssize_t panel_stride(const Gemm* g, Py_ssize_t k) noexcept nogil:
+    """From a packed panel of b (k, NR) to the next."""
+    return NR * lanes_of(g, k) + PAD
+
+
+cdef Py_ssize_t count_blocks(Py_ssize_t tiles, Py_ssize_t most) noexcept nogil:
+    """Into how many blocks of at most `most` strips (or panels) to divide a number of them.
+
+    As many for every thread, and TASKS_PER_THREAD for each where that leaves MIN_TILES in a block: blocks of a round
+    size would leave one of two threads with six of eleven.
+    """
+    cdef Py_ssize_t wanted = max(ceil_div(tiles, most), min(TASKS_PER_THREAD * n_threads, ceil_div(tiles, MIN_TILES)))
+    if tiles < n_threads:
+        return tiles
+    return min(tiles, ceil_div(wanted, n_threads) * n_threads)
+
+
+cdef inline Py_ssize_t begin_of(Py_ssize_t part, Py_ssize_t parts, Py_ssize_t n, Py_ssize_t width) noexcept nogil:
+    """Where a part begins if n rows (or columns) are divided evenly into parts, in whole strips (or panels) of a width."""
+    return min(n, part * ceil_div(n, width) // parts * width)
+
+
+cdef Block cut_rows(Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
+    """One of so many even parts of the rows of a block."""
+    cdef Py_ssize_t begin = begin_of(part, parts, all.mc, MR), end = begin_of(part + 1, parts, all.mc, MR)
+    all.ic, all.mc = all.ic + begin, end - begin
+    return all
+
+
+cdef Block cut_columns(Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
+    """One of so many even parts of the columns of a block."""
+    cdef Py_ssize_t begin = begin_of(part, parts, all.nc, NR), end = begin_of(part + 1, parts, all.nc, NR)
+    all.jc, all.nc = all.jc + begin, end - begin
+    return all
+
+
+# ---- a block -----------------------------------------------------------------------------------------------
+
+cdef void pack_a(const Gemm* g, float* strips, Block at) noexcept nogil:
+    """Pack the rows of a block of a. Of contiguous float32 rows only those behind the last whole strip: the others serve
+    as they lie."""
+    cdef Matrix a = matrix_at(g.a, at.ic, at.pc)
+    cdef Py_ssize_t ps = strip_stride(g, at.kc), whole = at.mc // MR if a.cs == 1 else 0
+    if g.bf16 and a.cs == 1:
+        pack_rows_bf16(<int32_t*>strips, ps, a, at.mc, at.kc)
+    elif g.bf16:
+        pack_strips_bf16(<int32_t*>strips, ps, a, at.mc, at.kc)
+    elif whole * MR < at.mc:
+        pack_strips(strips + whole * ps, ps, matrix_at(a, whole * MR, 0), at.mc - whole * MR, at.kc)
+
+
+cdef void pack_b(const Gemm* g, float* panels, Block at, bint add_up) noexcept nogil:
+    """Pack the columns of a block of b, at most TASK_NC; and add their sums to column_sums, if any, if add_up.
+
+    ROW_TILE rows at a time, so that the rounding errors of the sums grow slowly.
+    """
+    cdef float sums[TASK_NC]
+    cdef float* tile_sums = sums if add_up and g.column_sums != NULL else NULL
+    cdef Matrix b
+    cdef Panels out
+    cdef Py_ssize_t tile, p, j, rows
+    for tile in range(ceil_div(at.kc, ROW_TILE)):
+        p = tile * ROW_TILE
+        rows = min(ROW_TILE, at.kc - p)
+        b = matrix_at(g.b, at.pc + p, at.jc)
+        out = Panels(data=panels + lanes_of(g, p) * NR, ps=panel_stride(g, at.kc))
+        memset(sums, 0, sizeof(sums))
+        if g.bf16:
+            pack_panels_bf16(out, tile_sums, b, rows, at.nc)
+        else:
+            pack_panels(out, tile_sums, b, rows, at.nc)
+        if tile_sums != NULL:
+            for j in range(at.nc):
+                g.column_sums[at.jc + j] += sums[j]
+
+
+cdef void multiply(const Gemm* g, const float* strips, Panels panels, Block at) noexcept nogil:
+    """The rows and columns of a block of c for one block of K, from what pack_a and pack_b made of it."""
+    cdef Output out = output_at(g.out, at.ic, at.jc)
+    cdef Matrix a = matrix_at(g.a, at.ic, at.pc)
+    cdef Py_ssize_t lanes = lanes_of(g, at.kc), whole = 0
+    cdef Strips packed = Strips(data=strips, ps=strip_stride(g, at.kc), rs=1, cs=MR)  # by pack_strips, or
+    if g.bf16 and a.cs == 1:
+        packed.rs, packed.cs = lanes, 1                                               # by pack_rows_bf16
+    if at.pc > 0:  # bias and start went into the first block of K; now c is what the product is added to
+        out.start, out.bias = out.c, NULL
+    if a.cs == 1 and not g.bf16:
+        whole = at.mc // MR * MR
+        macro_kernel(out, Strips(data=a.data, ps=MR * a.rs, rs=a.rs, cs=1), panels, whole, at.nc, lanes, False)
+    if whole < at.mc:
+        packed.data += whole // MR * packed.ps
+        macro_kernel(output_at(out, whole, 0), packed, panels, at.mc - whole, at.nc, lanes, g.bf16)
+
+
+# ---- the two ways to share out a product -------------------------------------------------------------------
+
+cdef int run_gemm(const Gemm* g) except -1:
+    """Run a product in the way that suits its shape.
+
+    What a task packs for itself is still in its L2 when it multiplies; what all threads pack for all goes out to L3 and
+    comes back, at three times the traffic. So the larger operand is to be the one that a task packs for itself: a, if the
+    product has more rows than columns, else b. The bits are the same either way.
+    """
+    if g.M == 1 and not g.bf16 and g.column_sums == NULL:
+        return row_product(g)
+    if g.M >= g.N:
+        return gemm_by_rows(g)
+    return gemm_by_columns(g)
+
+
+cdef int gemm_by_rows(const Gemm* g) except -1:
+    """All threads pack b for all; a task takes some rows of a, which it packs for itself where they need it.
+
+    Where there are too few rows for all threads, the tasks of a block of rows share out its columns.
+    """
+    cdef Py_ssize_t deepest = min(g.K, depth_of(g)), task, jb = 0, pb = 0, groups = 0
+    cdef Py_ssize_t panels_size = min(ceil_div(g.N, NR), NC // NR) * panel_stride(g, deepest)
+    cdef Py_ssize_t strips_size = TASK_MC // MR * strip_stride(g, deepest)
+    cdef float* panels = <float*>scratch((panels_size + n_threads * strips_size) * sizeof(float))
+    cdef float* strips = panels + panels_size
+    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), TASK_MC // MR)
+    cdef Py_ssize_t column_blocks = 1
+    cdef Block all  # of this turn of jc and pc; each thread has its own
+    if row_blocks < 2 * n_threads:
+        column_blocks = ceil_div(TASKS_PER_THREAD * n_threads, row_blocks)
+    with nogil, parallel(num_threads=n_threads):
+        for jb in range(ceil_div(g.N, NC)):
+            for pb in range(ceil_div(g.K, depth_of(g))):
+                all = Block(ic=0, mc=g.M, jc=jb * NC, nc=min(g.N - jb * NC, NC), pc=pb * depth_of(g),
+                            kc=min(g.K - pb * depth_of(g), depth_of(g)))
+                groups = count_blocks(ceil_div(all.nc, NR), TASK_NC // NR)
+                for task in prange(groups, schedule='static'):  # ends when all threads have packed
+                    pack_shared_panels(g, panels, all, task, groups)
+                for task in prange(row_blocks * column_blocks, schedule='dynamic'):
+                    multiply_rows(g, strips + threadid() * strips_size, panels, all,
+                                  cut_rows(all, task // column_blocks, row_blocks), task % column_blocks, column_blocks)
+    return 0
+
+
+cdef void pack_shared_panels(const Gemm* g, float* panels, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
+    """Pack one of so many parts of the columns of a block into its place among the panels of all of them."""
+    cdef Block at = cut_columns(all, part, parts)
+    pack_b(g, panels + (at.jc - all.jc) // NR * panel_stride(g, all.kc), at, True)
+
+
+cdef void multiply_rows(const Gemm* g, float* strips, float* panels, Block all, Block rows, Py_ssize_t part,
+                        Py_ssize_t parts) noexcept nogil:
+    """A task of gemm_by_rows: one of so many parts of the columns of some rows; panels hold all columns."""
+    cdef Block at = cut_columns(rows, part, parts)
+    cdef Py_ssize_t ps = panel_stride(g, at.kc)
+    if at.nc > 0:
+        pack_a(g, strips, at)
+        multiply(g, strips, Panels(data=panels + (at.jc - all.jc) // NR * ps, ps=ps), at)
+
+
+cdef int gemm_by_columns(const Gemm* g) except -1:
+    """All threads pack what of a needs packing for all; a task takes some columns of b, which it packs for itself."""
+    cdef Py_ssize_t deepest = min(g.K, depth_of(g)), task, ib = 0, pb = 0, groups = 0
+    cdef Py_ssize_t strips_size = min(ceil_div(g.M, MR), MC // MR) * strip_stride(g, deepest)
+    cdef Py_ssize_t panels_size = TASK_NC // NR * panel_stride(g, deepest)
+    cdef float* strips = <float*>scratch((strips_size + n_threads * panels_size) * sizeof(float))
+    cdef float* panels = strips + strips_size
+    cdef Py_ssize_t column_blocks = count_blocks(ceil_div(g.N, NR), TASK_NC // NR)
+    cdef Block all  # of this turn of ic and pc; each thread has its own
+    with nogil, parallel(num_threads=n_threads):
+        for ib in range(ceil_div(g.M, MC)):
+            for pb in range(ceil_div(g.K, depth_of(g))):
+                all = Block(ic=ib * MC, mc=min(g.M - ib * MC, MC), jc=0, nc=g.N, pc=pb * depth_of(g),
+                            kc=min(g.K - pb * depth_of(g), depth_of(g)))
+                groups = count_blocks(ceil_div(all.mc, MR), TASK_MC // MR)
+                for task in prange(groups, schedule='static'):  # ends when all threads have packed
+                    pack_shared_strips(g, strips, all, task, groups)
+                for task in prange(column_blocks, schedule='dynamic'):
+                    multiply_columns(g, strips, panels + threadid() * panels_size,
+                                     cut_columns(all, task, column_blocks))
+    return 0
+
+
+cdef void pack_shared_strips(const Gemm* g, float* strips, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
+    """Pack one of so many parts of the rows of a block into its place among the strips of all of them."""
+    cdef Block at = cut_rows(all, part, parts)
+    pack_a(g, strips + (at.ic - all.ic) // MR * strip_stride(g, all.kc), at)
+
+
+cdef void multiply_columns(const Gemm* g, const float* strips, float* panels, Block at) noexcept nogil:
+    """A task of gemm_by_columns: some columns of all rows of a block; strips hold all rows.
+
+    Columns of b are packed once for each block of M, but their sums are added up only for the first.
+    """
+    pack_b(g, panels, at, at.ic == 0)
+    multiply(g, strips, Panels(data=panels, ps=panel_stride(g, at.kc)), at)
+
+
+def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
+         bint trans_a=False, bint trans_b=False, bint accumulate=False, bint bf16=False):
+    """c (M, N) = op(a) @ op(b), or += with accumulate.
+
+    a is (M, K), or (K, M) with trans_a; b is (K, N), or (N, K) with trans_b; bf16 rounds both to bfloat16.
+    """
+    cdef Arrays args
+    cdef Gemm g
+    args.n = 0
+    g.out = Output(c=output(&args, c, M, N, "c"), start=NULL, bias=NULL, ld=N)
+    if accumulate:
+        g.out.start = g.out.c
+    if trans_a:
+        g.a = transpose(rows_of_length(input(&args, a, K, M, "a"), M))
+    else:
+        g.a = rows_of_length(input(&args, a, M, K, "a"), K)
+    if trans_b:
+        g.b = transpose(rows_of_length(input(&args, b, N, K, "b"), K))
+    else:
+        g.b = rows_of_length(input(&args, b, K, N, "b"), N)
+    check_overlap(&args)
+    g.column_sums, g.M, g.N, g.K, g.bf16 = NULL, M, N, K, bf16
+    run_gemm(&g)
