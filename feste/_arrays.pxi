@@ -2,7 +2,8 @@
 #
 # A kernel opens with
 #
-#     cdef Arrays args = no_arrays()
+#     cdef Arrays args
+#     args.n = 0
 #     cdef float* o = output(&args, out, rows, C, "out")
 #     cdef const float* px = input(&args, x, rows, C, "x")
 #     check_overlap(&args)
@@ -23,14 +24,8 @@ cdef struct Extent:
 
 
 cdef struct Arrays:
-    int n
+    int n                  # how many have been added
     Extent extents[MAX_ARRAYS]
-
-
-cdef inline Arrays no_arrays() noexcept nogil:
-    cdef Arrays args
-    args.n = 0
-    return args
 
 
 cdef void* array(Arrays* args, cnp.ndarray x, int dtype, Py_ssize_t rows, Py_ssize_t cols, const char* name,
@@ -119,8 +114,6 @@ cdef int check_overlap(const Arrays* args) except -1:
             if i == j or other.begin >= out.end or out.begin >= other.end:
                 continue
             if other.in_place != NULL and strcmp(other.in_place, out.name) == 0 and other.begin == out.begin:
-                continue
-            if out.in_place != NULL and strcmp(out.in_place, other.name) == 0 and other.begin == out.begin:
                 continue
             raise ValueError(f"{out.name.decode()} must not overlap {other.name.decode()}")
     return 0

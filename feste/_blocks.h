@@ -56,7 +56,9 @@ enum {
     SUM_TILE   = 8192,                       /* elements whose squares are added in float32 lanes before they join a sum
                                               * in float64: some 500 additions a lane with AVX-512, 2,000 with SSE2 */
     SERIAL     = 16384,                      /* elements up to which a second thread costs more than it brings: waking it
-                                              * takes a microsecond, in which one thread does this many */
+                                              * takes about a microsecond */
+    SERIAL_WEIGHT = 4 * SERIAL,              /* the same for the elements of a weight that a single row is multiplied by:
+                                              * they are read once, in order, and each costs one FMA */
 };
 
 #endif
