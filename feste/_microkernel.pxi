@@ -140,7 +140,7 @@ cdef void macro_kernel(Output out, Strips a, Panels b, Py_ssize_t m, Py_ssize_t 
             else:
                 micro_kernel(tile, strip, panel, k)
             if not whole:
-                close_edge(inside, stack, min(m - i, MR), min(n - j, NR))
+                close_edge(inside, tile.c, min(m - i, MR), min(n - j, NR))
 
 
 def peak_flops(Py_ssize_t iterations, bint bf16=False):
