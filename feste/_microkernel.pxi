@@ -133,14 +133,14 @@ cdef void macro_kernel(Output out, Strips a, Panels b, Py_ssize_t m, Py_ssize_t 
             whole = i + MR <= m and j + NR <= n
             inside = tile = output_at(out, i, j)
             if not whole:
-                tile = Output(c=stack, start=NULL, bias=NULL, ld=NR)
+                tile = Output(c=&stack[0], start=NULL, bias=NULL, ld=NR)
             strip.data = a.data + ib * a.ps
             if bf16:
                 micro_kernel_bf16(tile, strip, panel, k)
             else:
                 micro_kernel(tile, strip, panel, k)
             if not whole:
-                close_edge(inside, tile.c, min(m - i, MR), min(n - j, NR))
+                close_edge(inside, stack, min(m - i, MR), min(n - j, NR))
 
 
 def peak_flops(Py_ssize_t iterations, bint bf16=False):
