@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := setup.py feste/_ops.pyx feste/_bpe.pyx feste/_cpu.pyx feste/_simd.h
+SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 
 .PHONY: build tiny small medium gpt2 test test-long torture sanitize bench bench-long lint clean
 .DEFAULT_GOAL := build

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -47,45 +48,59 @@ int main(void) { return omp_get_max_threads() < 1; }
 """
 
 
-def check_toolchain() -> None:
-    """Exit with one clear message when the compiler, OpenMP or Python's headers are missing."""
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
-    include = sysconfig.get_path("include")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.c")
+class Compiler:
+    """The C compiler that the extensions will be built with, and what it accepts."""
 
-        def compiles(text: str) -> bool:
+    def __init__(self) -> None:
+        self.command = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
+        self.include = sysconfig.get_path("include")
+
+    def runs(self) -> bool:
+        try:
+            return subprocess.run([*self.command, "--version"], capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+    def compiles(self, text: str, flags: Sequence[str] = ()) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
             source.write_text(text)
-            command = [*compiler, "-fopenmp", f"-I{include}", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+            command = [*self.command, *flags, f"-I{self.include}", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
             return subprocess.run(command, capture_output=True).returncode == 0
 
-        try:
-            subprocess.run([*compiler, "--version"], capture_output=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            sys.exit(f"feste needs a C compiler and found none ({' '.join(compiler)!r} does not run). "
+    def require_all(self) -> None:
+        """Exit with one clear message when the compiler, OpenMP or Python's headers are missing."""
+        name = " ".join(self.command)
+        if not self.runs():
+            sys.exit(f"feste needs a C compiler and found none ({name!r} does not run). "
                      "Install one, for example: apt install gcc, dnf install gcc, xcode-select --install")
-        if compiles(OPENMP_PROBE):
+        if self.compiles(OPENMP_PROBE, ["-fopenmp"]):
             return
-        if not compiles("#include <Python.h>\nint main(void) { return 0; }"):
-            sys.exit(f"feste needs Python's C headers and found none in {include}. "
+        if not self.compiles("#include <Python.h>\nint main(void) { return 0; }"):
+            sys.exit(f"feste needs Python's C headers and found none in {self.include}. "
                      "Install them, for example: apt install python3-dev, dnf install python3-devel")
-        sys.exit(f"feste needs a C compiler with OpenMP, and {' '.join(compiler)!r} -fopenmp does not compile "
-                 "<omp.h>. Install gcc, or libomp for clang, or name another compiler with CC=...")
+        sys.exit(f"feste needs a C compiler with OpenMP, and {name!r} -fopenmp does not compile <omp.h>. "
+                 "Install gcc, or libomp for clang, or name another compiler with CC=...")
 
 
-def isa_variants() -> list[str]:
+def isa_variants(compiler: Compiler) -> list[str]:
+    """The instruction sets to build for: those that are wanted and that the compiler has flags for."""
     wanted = os.environ.get("FESTE_ISA_BUILD", "")
     if not X86:
         return ["generic"]
     if wanted == "native":
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        best = "avx512" if "avx512_bf16" in flags else "avx2" if "avx2" in flags and "fma" in flags else "generic"
-        return [best]
-    names = [name for name in wanted.split(",") if name] or list(ISA_FLAGS)
+        names = ["avx512" if "avx512_bf16" in flags else "avx2" if "avx2" in flags and "fma" in flags else "generic"]
+    else:
+        names = [name for name in wanted.split(",") if name] or list(ISA_FLAGS)
     for name in names:
         if name not in ISA_FLAGS:
             sys.exit(f"FESTE_ISA_BUILD={wanted}: unknown instruction set {name!r}, known are {', '.join(ISA_FLAGS)}")
-    return names
+    able = [name for name in names if compiler.compiles("int main(void) { return 0; }", ISA_FLAGS[name])]
+    for name in set(names) - set(able):
+        print(f"feste: no kernels for {name}, whose flags {' '.join(ISA_FLAGS[name])} this compiler does not know; "
+              "gcc has them from version 11 on", file=sys.stderr)
+    return able or ["generic"]
 
 
 def extension(module: str, source: str, flags: list[str] = (), depends: list[str] = ()) -> Extension:
@@ -107,14 +122,17 @@ def extension(module: str, source: str, flags: list[str] = (), depends: list[str
     return ext
 
 
-def extensions() -> list[Extension]:
+def extensions(compiler: Compiler) -> list[Extension]:
     if os.environ.get("FESTE_ISA_BUILD") == "none":
         return []
-    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=sorted(path.name for path in [*Path("feste").glob("*.pxi"), *Path("feste").glob("*.h")])) for isa in isa_variants()]
+    included = sorted(path.name for pattern in ("*.pxi", "*.h") for path in Path("feste").glob(pattern))
+    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=included)
+                for isa in isa_variants(compiler)]
     return [*variants, extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
 
 
 if __name__ == "__main__":
+    compiler = Compiler()
     if not {"sdist", "egg_info", "clean", "--version", "dist_info"} & set(sys.argv[1:]):
-        check_toolchain()
-    setup(ext_modules=extensions(), options={"build_ext": {"parallel": os.cpu_count()}})
+        compiler.require_all()
+    setup(ext_modules=extensions(compiler), options={"build_ext": {"parallel": os.cpu_count()}})
