@@ -63,9 +63,9 @@ class Compiler:
 
     def compiles(self, text: str, flags: Sequence[str] = ()) -> bool:
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "probe.c")
+            source, made = Path(folder, "probe.c"), Path(folder, "probe.o")
             source.write_text(text)
-            command = [*self.command, *flags, f"-I{self.include}", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+            command = [*self.command, *flags, f"-I{self.include}", "-c", str(source), "-o", str(made)]
             return subprocess.run(command, capture_output=True).returncode == 0
 
     def require_all(self) -> None:

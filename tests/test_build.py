@@ -25,12 +25,12 @@ def variants(tmp_path, refused: str = "", **environment) -> subprocess.Completed
     """What would be built with a compiler that does not know some flag, as gcc 10 does not know x86-64-v4."""
     compiler = tmp_path / "old-gcc"
     compiler.write_text(f"""#!/bin/sh
-case "$*" in *{refused or 'nothing at all'}*) echo "cc1: error: bad value" >&2; exit 1;; esac
+case "$*" in *"{refused or 'nothing at all'}"*) echo "cc1: error: bad value" >&2; exit 1;; esac
 exec cc "$@"
 """)
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    return subprocess.run([sys.executable, "-c", PROBE.format(root=str(ROOT))], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"CC": str(compiler), "FESTE_ISA_BUILD": ""} | environment)
+    return subprocess.run([sys.executable, "-c", PROBE.format(root=str(ROOT))], capture_output=True, text=True,
+                          cwd=ROOT, env=os.environ | {"CC": str(compiler), "FESTE_ISA_BUILD": ""} | environment)
 
 
 def test_a_compiler_without_the_flags_of_a_variant_builds_the_others(tmp_path):
