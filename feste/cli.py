@@ -18,7 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from feste import ops, plan
+try:
+    from feste import ops
+except ImportError as error:  # the kernels are not compiled, or not for this CPU, or FESTE_ISA names none
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+from feste import plan
 from feste.config import PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import Source
 from feste.data import split_tokens
@@ -43,13 +48,45 @@ TIMED_STEPS = 3
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
          "data": "name a text file with --data FILE",
-         "prepare": "make a directory of tokens with python -m tools.prepare FILE... -o DIR, for --data DIR"}
+         "prepare": "make a directory of tokens with `feste prepare FILE... -o DIR`, for --data DIR"}
 CHOICES = {"errors": ERRORS, "precision": PRECISIONS, "on_nan": ("stop", "skip")}
 MODEL_HELP = {
     "vocab_size": "tokens in the vocabulary", "n_embd": "channels of the residual stream",
     "n_layers": "transformer blocks", "n_heads": "attention heads", "block_size": "longest sequence in tokens",
     "dropout": "dropout probability", "tie_weights": "use the token embedding as output weight",
 }
+
+
+EXAMPLES = """
+examples:
+  {0}                                        the tiny model on Shakespeare, some seconds
+  {0} --preset small --data my.txt           another preset, a text of yours
+  {0} --preset spider --n-heads 4 --steps 2000
+  {0} --checkpoint data/RUN --data my.txt    fine-tune: a new run from a model that was trained
+  {0} --resume data/RUN                      go on with a run that was stopped
+  {0} --preset gpt2 --dry-run                what it would take
+"""
+
+
+def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
+    """The flags of `feste train`: any preset, with any of its dials turned, on any text."""
+    parser = argparse.ArgumentParser(prog=prog, description="Train a model.", epilog=EXAMPLES.format(prog),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="the model and run to start from "
+                        "(default: tiny)")
+    parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
+    parser.add_argument("--checkpoint", metavar="PATH", help="fine-tune from a checkpoint or a run's best one")
+    add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "feste train") -> int:
+    """`feste train`. Returns the exit code."""
+    args = make_parser(prog).parse_args(argv)
+    if args.list_presets:
+        print(list_presets())
+        return 0
+    return guarded(lambda: run_training(PRESETS[args.preset], args))
 
 
 def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run], None] | None = None) -> int:
@@ -110,18 +147,19 @@ FIELDS = {f.name for cls in (Config, TrainConfig, Source) for f in fields(cls)}
 
 def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> None:
     """A flag for every dial; with a preset, the help tells its values."""
-    parser.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of tools.prepare "
-                        "(default: Shakespeare, as much of it as the preset says)")
-    parser.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
-    parser.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "
-                        "(default: strict)")
-    parser.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
-    parser.add_argument("--tokenizer-chars", type=int, metavar="N", help="make the tokenizer from the first N")
-    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="new directory of the run (default: "
-                        "data/TEXT_PRESET_TIME, or the one that is resumed)")
-    parser.add_argument("--resume", metavar="PATH", type=Path,
-                        help="continue the run of a directory or checkpoint, to the bit")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
+    run, text = parser.add_argument_group("run"), parser.add_argument_group("text")
+    run.add_argument("--run-dir", metavar="DIR", type=Path, help="new directory of the run (default: "
+                     "data/TEXT_PRESET_TIME, or the one that is resumed)")
+    run.add_argument("--resume", metavar="PATH", type=Path,
+                     help="continue the run of a directory or checkpoint, to the bit")
+    run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
+    text.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of `feste prepare` "
+                      "(default: Shakespeare, as much of it as the preset says)")
+    text.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
+    text.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "
+                      "(default: strict)")
+    text.add_argument("--train-chars", type=int, metavar="N", help="train on the first N characters of the text")
+    text.add_argument("--tokenizer-chars", type=int, metavar="N", help="make the tokenizer from the first N")
     model, training = parser.add_argument_group("model"), parser.add_argument_group("training")
     for group, cls, values in ((model, Config, preset and preset.model),
                                (training, TrainConfig, preset and preset.train)):

@@ -22,7 +22,12 @@ from types import ModuleType
 
 import numpy as np
 
-from feste import _cpu
+from feste.machine import useful_threads, visible_cores
+
+try:
+    from feste import _cpu
+except ImportError:
+    raise ImportError("feste's kernels are not compiled; run `make` in the checkout, or `pip install .`") from None
 
 ISAS = ("avx512", "avx2", "generic")
 
@@ -47,13 +52,16 @@ def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 def load(isa: str) -> ModuleType:
     """The compiled kernels of one instruction set."""
-    if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
-        return importlib.import_module(f"feste._ops_{isa}")
-    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT  # read once, when the library is loaded
+    settings = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPIN_COUNT}
+    if useful_threads() < visible_cores():
+        settings["OMP_NUM_THREADS"] = str(useful_threads())
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)  # OpenMP reads them once, when it is loaded
     try:
         return importlib.import_module(f"feste._ops_{isa}")
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
+        for name in added:
+            del os.environ[name]
 
 
 def _is_built(isa: str) -> bool:

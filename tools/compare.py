@@ -26,16 +26,18 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from feste import Checkpoint, find_checkpoint
 from feste.cli import guarded
 from feste.corpus import Source
 from feste.data import split_tokens
 from feste.errors import FesteError
 from feste.evaluation import bits_per_byte
+from feste.run.checkpoint import Checkpoint
+from feste.run.directory import find_checkpoint
 from feste.terminal import clean, shorten
 from feste.text import ERRORS, read_text
-from tools.comparison import cautions, common_validation, differences, rows, same_step_samples
-from tools.runs import Run, open_runs
+
+from .comparison import cautions, common_validation, differences, rows, same_step_samples
+from .runs import Run, open_runs
 
 BATCH = 8                # windows scored at a time
 NARROWEST_COLUMN = 14    # characters of a run's column, if names are broken
@@ -185,14 +187,25 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Compare runs.")
+PROG = "python -m tools.compare"
+EXAMPLES = """
+examples:
+  {0} data/a data/b                    settings that differ, losses, samples
+  {0} data/a data/b --bits-per-byte    scored on the same held-out bytes, whatever their tokenizers
+  {0} data --json                      all runs under data/, for a script
+"""
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Compare runs.", epilog=EXAMPLES.format(prog),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
-    parser.add_argument("--bits-per-byte", nargs="?", const="", metavar="FILE", help="score the best checkpoint of "
-                        "each run on a text (default: the part of their common training text that was held out)")
-    parser.add_argument("--encoding", metavar="NAME", help="of that text (default: as its mark says, else utf-8)")
-    parser.add_argument("--errors", choices=ERRORS, default="strict",
-                        help="what cannot be decoded in it stops the work, or becomes U+FFFD (default: strict)")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--bits-per-byte", nargs="?", const="", metavar="FILE", help="score the best checkpoint of "
+                         "each run on a text (default: the part of their common training text that was held out)")
+    scoring.add_argument("--encoding", metavar="NAME", help="of that text (default: as its mark says, else utf-8)")
+    scoring.add_argument("--errors", choices=ERRORS, default="strict",
+                         help="what cannot be decoded in it stops the work, or becomes U+FFFD (default: strict)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -208,8 +221,8 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    args = make_parser(prog).parse_args(argv)
     return guarded(lambda: report(args), HINTS)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from feste import terminal as text
 from feste.terminal import clean_line
-from tools.runs import Run, Summary
+
+from .runs import Run, Summary
 
 NAMED_DIFFERENCES = 4    # fields in a label
 LABEL_WIDTH = 20         # characters of a value in a label

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from feste.cli import guarded
-from tools.comparison import cautions, labels, rows, same_step_samples
-from tools.runs import Run, open_runs
+
+from .comparison import cautions, labels, rows, same_step_samples
+from .runs import Run, open_runs
 
 FORMATS = (".png", ".svg", ".html")
 # The colours of Okabe and Ito 2008, which most eyes tell apart, without the yellow that is faint on white.
@@ -265,8 +266,18 @@ def _html_table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description="Draw the curves of runs.")
+PROG = "python -m tools.plot"
+EXAMPLES = """
+examples:
+  {0} data                                all runs under data/, to loss.png
+  {0} data/a data/b --x time -o two.svg   two runs against the time they took
+  {0} data -o report.html                 one page: curves, a table, samples
+"""
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Draw the curves of runs.", epilog=EXAMPLES.format(prog),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
     parser.add_argument("-o", "--output", default="loss.png", metavar="FILE",
                         help=f"{', '.join(FORMATS)} by its ending (default: loss.png)")
@@ -290,8 +301,8 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    args = make_parser(prog).parse_args(argv)
     return guarded(lambda: plot(args))
 
 

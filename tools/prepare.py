@@ -22,11 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from feste import BPETokenizer
 from feste.cli import guarded
 from feste.documents import ON_BAD_LINE, Reading, files_of, hash_of, pieces
 from feste.errors import FesteError
 from feste.text import ERRORS, TextFile
+from feste.tokenizer import BPETokenizer
 from feste.tokens import END_OF_TEXT, LAYOUTS, SKIPPED, TOKENIZER, Journal, TokenDirectory, TokenWriter
 
 HINTS = {"data": "name text files or JSON lines", "encoding": "name the encoding with --encoding",
@@ -37,23 +37,42 @@ HINTS = {"data": "name text files or JSON lines", "encoding": "name the encoding
 SHOWN = 5  # skipped lines that are printed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.prepare", description=__doc__.partition("\n")[0],
-                                     allow_abbrev=False)
+PROG = "python -m tools.prepare"
+EXAMPLES = """
+Stopped or killed, the same command continues.
+
+examples:
+  {0} books/ -o tokens --vocab-size 4096                  every text in a folder, and a tokenizer made of them
+  {0} crawl.jsonl.gz -o tokens --tokenizer tokenizer.json --on-bad-line skip
+  {0} <(zcat *.gz) -o tokens --tokenizer tokenizer.json
+then:
+  feste train --data tokens
+"""
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0], epilog=EXAMPLES.format(prog),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="texts, JSON lines (*.jsonl, *.ndjson), folders")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="a new or unfinished directory")
-    which = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--layout", choices=LAYOUTS, default="nanogpt", help="of tokens.bin (default: nanogpt)")
+    tokenizer = parser.add_argument_group("the tokenizer, one of")
+    which = tokenizer.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or a rank file of tiktoken")
     which.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of N tokens on the files")
-    parser.add_argument("--json-field", "--jsonl-field", default="text", metavar="NAME",
-                        help="what holds the text of a JSON object (default: text)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="nanogpt", help="of tokens.bin (default: nanogpt)")
-    parser.add_argument("--encoding", metavar="NAME", help="of the files (default: as their mark says, else utf-8)")
-    parser.add_argument("--errors", choices=ERRORS, default="strict",
-                        help="what cannot be decoded stops the work, or becomes U+FFFD (default: strict)")
-    parser.add_argument("--on-bad-line", choices=ON_BAD_LINE, default="stop",
-                        help=f"a bad line of JSON stops the work, or is left out and listed in DIR/{SKIPPED}")
-    args = parser.parse_args(argv)
+    reading = parser.add_argument_group("how files are read")
+    reading.add_argument("--json-field", "--jsonl-field", default="text", metavar="NAME",
+                         help="what holds the text of a JSON object (default: text)")
+    reading.add_argument("--encoding", metavar="NAME", help="of the files (default: as their mark says, else utf-8)")
+    reading.add_argument("--errors", choices=ERRORS, default="strict",
+                         help="what cannot be decoded stops the work, or becomes U+FFFD (default: strict)")
+    reading.add_argument("--on-bad-line", choices=ON_BAD_LINE, default="stop",
+                         help=f"a bad line of JSON stops the work, or is left out and listed in DIR/{SKIPPED}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    args = make_parser(prog).parse_args(argv)
     code = guarded(lambda: _run(args), HINTS)
     if code == 130:
         print("run the same command again to continue", file=sys.stderr)

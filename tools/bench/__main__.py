@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from feste import BPETokenizer, ops, shakespeare_text
-from tools.bench import report
-from tools.bench.alternation import Figure, alternate, figures, ratios
-from tools.bench.documents import VOCAB_SIZES
-from tools.bench.generation import TOKENS
-from tools.bench.inputs import write_inputs
-from tools.bench.profile import profile
-from tools.bench.sizes import SEQUENCES, SIZES, gemm_shapes, model_config
+from feste.cli import guarded
+from feste.corpus import shakespeare_text
+from feste.ops import get_num_threads
+from feste.tokenizer import BPETokenizer
+
+from . import report
+from .alternation import Figure, alternate, figures, ratios
+from .documents import VOCAB_SIZES
+from .generation import TOKENS
+from .inputs import write_inputs
+from .profile import profile
+from .sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
 PRECISIONS = ("fp32", "bf16")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses of the first steps, in nats
@@ -32,7 +37,7 @@ def peers_of(size: str, peers, folder: str) -> dict[str, dict]:
         return {}
     config = model_config(size)
     inputs = write_inputs(Path(folder, f"{size}.npz"), config, SEQUENCES)
-    return {name: {"inputs": inputs, "n_heads": config.n_heads, "threads": ops.get_num_threads()} for name in peers}
+    return {name: {"inputs": inputs, "n_heads": config.n_heads, "threads": get_num_threads()} for name in peers}
 
 
 def steps(args) -> dict:
@@ -111,7 +116,7 @@ def generation(args) -> dict:
         for precision in args.precisions:
             common = {"precision": precision, "seconds": args.seconds}
             programs = {"feste": common | {"size": size}, "transformers": common | {
-                "model": model_config(size).to_dict(), "tokens": TOKENS[size], "threads": ops.get_num_threads()}}
+                "model": model_config(size).to_dict(), "tokens": TOKENS[size], "threads": get_num_threads()}}
             results, _ = alternate("generation", programs, args.rounds, args.peer_python, quiet)
             measured = figures(results, "tokens_per_second")
             ratio = str(ratios(results, "tokens_per_second", "feste", "transformers")) if len(measured) == 2 else "-"
@@ -135,7 +140,7 @@ def kernels(args) -> dict:
     for size in args.sizes:
         c = model_config(size)
         shapes[size] = {"gemm": gemm_shapes(size), "attention": (SEQUENCES, c.block_size, c.n_heads, c.head_size)}
-    programs = {name: {"seconds": args.seconds / 10, "shapes": shapes, "threads": ops.get_num_threads()}
+    programs = {name: {"seconds": args.seconds / 10, "shapes": shapes, "threads": get_num_threads()}
                 for name in names}
     results, _ = alternate("kernels", programs, args.rounds, args.peer_python, quiet)
     keys = list(dict.fromkeys(key for rounds in results.values() for key in rounds[0]))
@@ -174,7 +179,7 @@ def documents(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "corpus.txt")
         text.write_text(shakespeare_text(), encoding="utf-8")
-        told = {"text": str(text), "lengths": DOCUMENT_LENGTHS, "vocab_size": 2000, "threads": ops.get_num_threads()}
+        told = {"text": str(text), "lengths": DOCUMENT_LENGTHS, "vocab_size": 2000, "threads": get_num_threads()}
         results, _ = alternate("documents", {"feste": told, "huggingface": told}, args.rounds, args.peer_python, quiet)
     for length in DOCUMENT_LENGTHS:
         require_one({rounds[0][f"digest {length}"] for rounds in results.values()})
@@ -260,7 +265,7 @@ def length(args) -> dict:
 def threads(args) -> dict:
     """What each thread brings."""
     report.headline("steps a second by threads: median (range)")
-    counts, data, table = list(range(1, ops.get_num_threads() + 1)), {}, []
+    counts, data, table = list(range(1, get_num_threads() + 1)), {}, []
     for size in args.sizes:
         common = {"program": "feste", "size": size, "precision": "fp32", "seconds": args.seconds,
                   "accumulation": ACCUMULATION.get(size, 1)}
@@ -309,7 +314,7 @@ def where(args) -> dict:
 
 def monitor(args) -> dict:
     """How quickly the monitor shows a long run."""
-    from tools.bench.monitor import measure
+    from .monitor import measure
     report.headline("monitor on a run of a million rows")
     result = measure()
     for name, value in result.items():
@@ -342,26 +347,53 @@ def with_sizes(args, *sizes: str, peers: tuple[str, ...] | None = None):
     return argparse.Namespace(**(vars(args) | {"sizes": sizes, "peers": peers or args.peers}))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("discipline", choices=[*DISCIPLINES, "short", "long"],
-                        help="; ".join(f"{name}: {f.__doc__}" for name, f in DISCIPLINES.items()))
+ALL = DISCIPLINES | {"short": short, "long": long}
+PROG = "python -m tools.bench"
+EXAMPLES = """
+disciplines:
+{disciplines}
+
+examples:
+  {prog} steps --sizes tiny small --peers        feste alone
+  {prog} steps --peer-python ~/torch/bin/python  beside the PyTorch of another environment
+  {prog} where --sizes medium --precisions fp32  where the time of a step goes
+"""
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:12}{function.__doc__.splitlines()[0]}" for name, function in ALL.items())
+    parser = argparse.ArgumentParser(prog=prog, description="Measure speed and memory.", allow_abbrev=False,
+                                     epilog=EXAMPLES.format(prog=prog, disciplines=listed),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("discipline", choices=list(ALL), metavar="DISCIPLINE", help="what to measure, see below")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="models (default: all four)")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
-                        help="forms of PyTorch to compare the steps with")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON",
-                        help="the interpreter of the peers, if PyTorch lives in an environment of its own")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations (default: 5)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement of a round")
-    parser.add_argument("--megabytes", type=int, default=500, help="text of the stream discipline")
-    parser.add_argument("--json", metavar="FILE", help="write all values here")
-    parser.add_argument("--plot", metavar="FILE", help="draw the comparison here (steps, growth)")
-    args = parser.parse_args()
-    results = {"short": short, "long": long}.get(args.discipline, DISCIPLINES.get(args.discipline))(args)
-    if args.json:
-        report.write_json(args.json, results)
-    return 0
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="alternations (default: 5)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S",
+                        help="time for each measurement of a round (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=500, metavar="N",
+                        help="text of the stream discipline (default: 500)")
+    peers = parser.add_argument_group("peers")
+    peers.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
+                       help="forms of PyTorch to compare the steps with (default: both)")
+    peers.add_argument("--peer-python", default=sys.executable, metavar="PYTHON",
+                       help="the interpreter of the peers, if PyTorch lives in an environment of its own")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write all values here")
+    output.add_argument("--plot", metavar="FILE", help="draw the comparison here (steps, growth)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    args = make_parser(prog).parse_args(argv)
+
+    def measure() -> int:
+        results = ALL[args.discipline](args)
+        if args.json:
+            report.write_json(args.json, results)
+        return 0
+
+    return guarded(measure, {})
 
 
 if __name__ == "__main__":

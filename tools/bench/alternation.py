@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[2]  # where the folder tools/ lies
+# The workers belong to the package `tools` also in an installed feste, whose own names a peer must not load.
+START = "import sys; sys.path.append({home!r}); from tools.bench.{worker} import main; main()"
 
 
 @dataclass
@@ -39,9 +43,9 @@ def run_worker(task: str, program: str = "feste", python: str = sys.executable, 
     program: feste, or a peer, whose worker loads nothing of feste and has the environment that its users have.
     """
     is_peer = not program.startswith("feste")
-    worker = "tools.bench.peers.worker" if is_peer else "tools.bench.worker"
-    command = [python if is_peer else sys.executable, "-m", worker, task, json.dumps(arguments | {"program": program})]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    start = START.format(home=str(HOME), worker="peers.worker" if is_peer else "worker")
+    command = [python if is_peer else sys.executable, "-c", start, task, json.dumps(arguments | {"program": program})]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(lines[-1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from feste import GPT2
-from tools.bench.clock import median_seconds
-from tools.bench.sizes import model_config
+
+from .clock import median_seconds
+from .sizes import model_config
 
 TOKENS = {"tiny": 60, "small": 120, "medium": 240, "gpt2": 60}
 

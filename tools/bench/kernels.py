@@ -6,8 +6,9 @@ import numpy as np
 
 from feste import ops
 from feste.ops import zeros
-from tools.bench.peak import measured_peak
-from tools.bench.shapes import time_operations
+
+from .peak import measured_peak
+from .shapes import time_operations
 
 RNG = np.random.default_rng(0)
 

@@ -17,9 +17,9 @@ REFRESHES = 20
 WATCHER = f"""
 import asyncio, json, resource, statistics, sys, time
 from pathlib import Path
-from tools.monitor.app import Monitor
-from tools.monitor.runs import Watch
-from tools.monitor.widgets import Plot
+from ..monitor.app import Monitor
+from ..monitor.runs import Watch
+from ..monitor.widgets import Plot
 
 folder, rows, row, begun = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 
@@ -69,7 +69,7 @@ def measure(rows: int = ROWS) -> dict:
             file.write(",".join(COLUMNS) + "\n")
             file.writelines(_row(step) for step in range(1, rows + 1))
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "tools.monitor", "--once", folder], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "feste", "monitor", "--once", folder], capture_output=True, check=True)
         once = time.perf_counter() - begun
         more = "STEP" + _row(0)[1:]
         done = subprocess.run([sys.executable, "-c", WATCHER, folder, str(rows), more, str(time.time())],

@@ -10,10 +10,11 @@ import feste.model
 import feste.optim
 import feste.transformer
 from feste import GPT2, AdamW, ops
-from tools.bench.inputs import batch
-from tools.bench.peak import measured_peak
-from tools.bench.sizes import SEQUENCES, model_config, step_flops
-from tools.bench.steps import stepper
+
+from .inputs import batch
+from .peak import measured_peak
+from .sizes import SEQUENCES, model_config, step_flops
+from .steps import stepper
 
 
 class Stopwatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from datetime import date
@@ -13,18 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from feste import ops
+from feste.machine import cpu_name, visible_cores
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def machine() -> dict:
     """What the figures were measured on."""
-    cpu = "unknown CPU"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part"))]
-        cpu = names[0] if names else cpu
-    return {"date": date.today().isoformat(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": ops.isa,
+    return {"date": date.today().isoformat(), "cpu": cpu_name(), "cores": visible_cores(), "isa": ops.isa,
             "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from feste import GPT2, AdamW
 from feste.config import TrainConfig
 from feste.run.directory import CheckpointWriter
-from tools.bench.inputs import batch
-from tools.bench.sizes import SEQUENCES, model_config
-from tools.bench.steps import stepper
+
+from .inputs import batch
+from .sizes import SEQUENCES, model_config
+from .steps import stepper
 
 SAVES = 3
 

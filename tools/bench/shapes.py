@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.bench.clock import seconds_per_call
+from .clock import seconds_per_call
 
 TRANSPOSES = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from feste import GPT2, AdamW, ops
-from tools.bench.clock import median_seconds, peak_memory_bytes
-from tools.bench.inputs import batch
-from tools.bench.peak import measured_peak
-from tools.bench.sizes import SEQUENCES, model_config, step_flops
+
+from .clock import median_seconds, peak_memory_bytes
+from .inputs import batch
+from .peak import measured_peak
+from .sizes import SEQUENCES, model_config, step_flops
 
 LEARNING_RATE = 1e-3
 PEAK_EVERY = 0.2  # seconds of steps between two samples of the machine's peak

@@ -11,8 +11,9 @@ import numpy as np
 
 from feste import BPETokenizer
 from feste.corpus import shakespeare_text
-from tools.bench.clock import median_of, peak_memory_bytes
-from tools.bench.documents import VOCAB_SIZES, cut, digest
+
+from .clock import median_of, peak_memory_bytes
+from .documents import VOCAB_SIZES, cut, digest
 
 ENDINGS = [a + b for a in "aeioubcdst" for b in "aeiournslt"][:97]
 

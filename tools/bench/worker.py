@@ -1,11 +1,11 @@
-"""One measurement of feste in its own process: python -m tools.bench.worker TASK JSON. Prints one line of JSON."""
+"""One measurement of feste in a process of its own: arguments TASK JSON, prints one line of JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from tools.bench import generation, kernels, long_run, saves, steps, tokenizers
+from . import generation, kernels, long_run, saves, steps, tokenizers
 
 
 def main() -> None:
@@ -14,7 +14,3 @@ def main() -> None:
              "tokenizer_growth": tokenizers.measure_growth, "tokenizer_stream": tokenizers.measure_stream,
              "memory": steps.measure_memory, "saves": saves.measure, "long_run": long_run.measure}
     print(json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,11 +16,11 @@ from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Footer, Static
 
-from tools.monitor import keys
-from tools.monitor.curve import View
-from tools.monitor.picture import AXES, LINES, METRICS, SPANS, convert
-from tools.monitor.runs import SORTS, FollowedRun, Watch, in_order
-from tools.monitor.widgets import Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
+from . import keys
+from .curve import View
+from .picture import AXES, LINES, METRICS, SPANS, convert
+from .runs import SORTS, FollowedRun, Watch, in_order
+from .widgets import Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0

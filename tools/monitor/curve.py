@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from tools.monitor.numbers import HUGE, Columns, decimate, ticks
+from .numbers import HUGE, Columns, decimate, ticks
 
 BRAILLE_BITS = np.array([[1, 8], [2, 16], [4, 32], [64, 128]], np.uint8)  # rows from the top, columns from the left
 LABEL_WIDTH = 9

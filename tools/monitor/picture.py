@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from feste import terminal as text
-from tools.monitor.curve import Axes, Picture, Row, Series, View, draw, message
-from tools.monitor.numbers import finite, smooth, ticks, time_ticks, value_at
-from tools.monitor.runs import FollowedRun
+
+from .curve import Axes, Picture, Row, Series, View, draw, message
+from .numbers import finite, smooth, ticks, time_ticks, value_at
+from .runs import FollowedRun
 
 SPANS = (1, 10, 50, 250)  # rows in the moving average
 LINES = ("both", "validation", "training")

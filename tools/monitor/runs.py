@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.runs import Run, Summary, directory_of, run_directories, summarise
+from ..runs import Run, Summary, directory_of, run_directories, summarise
 
 # Told apart by most colour-blind eyes (after Okabe and Ito), and by the marker without any colour.
 COLOURS = ("#56b4e9", "#e69f00", "#2fbf8f", "#cc79a7", "#e8dc4a", "#e2703a", "#8c9eff", "#a8a8a8")

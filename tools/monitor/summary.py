@@ -7,9 +7,10 @@ import math
 from dataclasses import asdict
 
 from feste import terminal as text
-from tools.monitor.numbers import sparkline
-from tools.monitor.runs import FollowedRun
-from tools.runs import Summary
+
+from ..runs import Summary
+from .numbers import sparkline
+from .runs import FollowedRun
 
 SPARK_WIDTH = 60
 

@@ -15,13 +15,14 @@ from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
 from feste import terminal as text
-from tools.monitor import summary
-from tools.monitor.curve import Row
-from tools.monitor.keys import GROUPS, MOUSE
-from tools.monitor.numbers import sparkline
-from tools.monitor.picture import Options, extent, picture
-from tools.monitor.runs import FollowedRun
-from tools.runs import Summary
+
+from ..runs import Summary
+from . import summary
+from .curve import Row
+from .keys import GROUPS, MOUSE
+from .numbers import sparkline
+from .picture import Options, extent, picture
+from .runs import FollowedRun
 
 STATE_WORDS = {"early_stopped": "early stop"}
 STATE_STYLES = {"running": "bold green", "failed": "bold red", "crashed": "bold red", "stalled": "bold yellow",

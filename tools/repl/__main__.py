@@ -18,9 +18,10 @@ from feste.cli import guarded
 from feste.config import PRECISIONS
 from feste.errors import FesteError
 from feste.run.names import is_run
-from tools.repl.answers import DIALS, LoadedModel, Settings
-from tools.repl.loop import COMMANDS, Repl
-from tools.runs import has_checkpoint, newest_with_checkpoint
+
+from ..runs import has_checkpoint, newest_with_checkpoint
+from .answers import DIALS, LoadedModel, Settings
+from .loop import COMMANDS, Repl
 
 HISTORY_LINES = 1000
 HINTS = {"runs": "name run directories, or folders of them"}
@@ -68,17 +69,30 @@ def _script_line(_: str) -> str:
     return line.removesuffix("\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.repl", description="Talk to a model.",
-                                     epilog="With a pipe for standard input, each line is a prompt (or a command), "
-                                     "and only the answers go to standard output.")
+PROG = "python -m tools.repl"
+ALIASES = {"temp": ("--temperature",), "tokens": ("--max-new-tokens",), "samples": ("--num-samples",)}
+EXAMPLES = """
+With a pipe for standard input, each line is a prompt (or a command), and only the answers go to standard output.
+
+examples:
+  {0} data                                  the newest run under data/
+  {0} data/shakespeare_tiny_*/checkpoint_best.bin --temp 0.8
+  {0} --compare data/RUN_A data/RUN_B       each prompt to two models
+  echo "ROMEO:" | {0} data --tokens 50
+"""
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Talk to a model.", epilog=EXAMPLES.format(prog),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or of a run its best one; "
                         "of several runs, or a folder of runs, that of the newest")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answer each prompt from two checkpoints")
+    sampling = parser.add_argument_group("how answers are made")
     for name, dial in DIALS.items():
         default = getattr(Settings, dial.field)
-        parser.add_argument(f"--{name}", metavar="N", dest=dial.field,
-                            help=f"{dial.help} (default: {dial.unset if default is None else default})")
+        sampling.add_argument(f"--{name}", *ALIASES.get(name, ()), metavar="N", dest=dial.field,
+                              help=f"{dial.help} (default: {dial.unset if default is None else default})")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: that of the checkpoint")
     parser.add_argument("--null", action="store_true",
                         help="end each answer with a NUL byte, since it may have line ends in it (scripts only)")
@@ -95,10 +109,10 @@ def start(args: argparse.Namespace) -> int:
         print(f"passed over: {line}", file=sys.stderr)
     repl = Repl(models, settings, interactive, "\0" if args.null else "\n")
     if not interactive:
-        sys.stdin.reconfigure(encoding="utf-8")
-        sys.stdout.reconfigure(encoding="utf-8")
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):  # not in a notebook
+                stream.reconfigure(encoding="utf-8")
         return repl.run(_script_line)
-    sys.stdout.reconfigure(errors="replace")
     for loaded in models:
         repl.say(f"{loaded.name}: {loaded.model.num_parameters():,} parameters, step {loaded.step:,}", "bold")
     repl.say("/help lists the commands, Ctrl+C stops an answer, Ctrl+D ends")
@@ -111,7 +125,7 @@ def _one_of(paths: list[str]) -> Path:
     if len(paths) == 1 and (not (path := Path(paths[0])).is_dir() or is_run(path) or has_checkpoint(path)):
         return path
     newest, count = newest_with_checkpoint(paths)
-    print(f"{newest}: the newest of {count} runs", file=sys.stderr)
+    print(f"{newest}: the newest of {count} runs" if count > 1 else f"{newest}: the only run", file=sys.stderr)
     return newest
 
 
@@ -127,8 +141,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(**values)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    args = make_parser(prog).parse_args(argv)
     return guarded(lambda: _quietly(args), HINTS)
 
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from feste.terminal import clean, shorten
-from tools.repl.answers import DIALS, Answer, LoadedModel, Settings
+
+from .answers import DIALS, Answer, LoadedModel, Settings
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
 FRAMES_PER_SECOND = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.bench.clock import median_seconds
+from ..clock import median_seconds
 
 
 def measure(program: str, model: dict, precision: str, seconds: float, tokens: int, threads: int) -> dict:

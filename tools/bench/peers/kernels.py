@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.bench.shapes import time_operations
+from ..shapes import time_operations
 
 RNG = np.random.default_rng(0)
 

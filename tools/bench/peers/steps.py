@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tools.bench.clock import median_seconds, peak_memory_bytes
+from ..clock import median_seconds, peak_memory_bytes
 
 
 def _step_of(program: str, inputs: str, n_heads: int, precision: str, accumulation: int, threads: int):
     import numpy as np
     import torch
 
-    from tools.bench.peers.torch_gpt2 import trainer
+    from .torch_gpt2 import trainer
     torch.set_num_threads(threads)
     arrays = dict(np.load(inputs))
     ids, targets = (torch.from_numpy(arrays.pop(name)).long() for name in ("ids", "targets"))

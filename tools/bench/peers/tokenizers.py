@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tools.bench.clock import median_of
-from tools.bench.documents import VOCAB_SIZES, cut, digest
+from ..clock import median_of
+from ..documents import VOCAB_SIZES, cut, digest
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
