@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 
-.PHONY: build tiny small medium gpt2 test test-long torture sanitize wheels bench bench-long lint clean
+.PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels bench bench-long lint clean
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built
@@ -39,6 +39,10 @@ test: build
 
 test-long: build
 	$(PY) -m pytest -m long
+
+# The kernels for AArch64 under emulation.
+test-arm64:
+	PYTHON=$(PYTHON) tests/arm64.sh
 
 torture: build
 	$(PY) -m tests.torture

@@ -16,26 +16,31 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-X86 = platform.machine().lower() in ("x86_64", "amd64", "x64")
+MACHINE = platform.machine().lower()
+X86, ARM = MACHINE in ("x86_64", "amd64", "x64"), MACHINE in ("aarch64", "arm64")
 
 # -O3: at -O2 the register tiles of the GEMM are not unrolled and run at a third of the speed.
 # -fno-math-errno and -fno-trapping-math drop errno and floating-point exception flags, which nothing here reads; NaN,
 # Inf and signed zeros keep their meaning, unlike under -ffast-math.
 # What is inlined is what the source says: gcc's own choice differs from one edit to the next, by 5 % of attention.
 # -falign-loops: where the register tile's loop begins is otherwise luck, worth 5 %.
+# -fno-schedule-insns: gcc's first scheduling, on by default for AArch64, hoists loads until accumulators spill.
+# A compiler that does not know one of them (clang) goes without.
 CFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-inline-functions", "-fno-inline-small-functions",
-          "-fno-inline-functions-called-once", "-falign-loops=64", "-Wno-unused-function"]
+          "-fno-inline-functions-called-once", "-falign-loops=64", "-fno-schedule-insns", "-Wno-unused-function"]
 
 # Instruction set -> flags. The order is from best to plainest; ops.py names them in the same words.
 ISA_FLAGS = {
     "avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
+    "neon": [],  # every AArch64 has it
     "generic": [],
 }
 
@@ -68,31 +73,48 @@ class Compiler:
             command = [*self.command, *flags, f"-I{self.include}", "-c", str(source), "-o", str(made)]
             return subprocess.run(command, capture_output=True).returncode == 0
 
+    @cached_property
+    def openmp(self) -> tuple[list[str], list[str]] | None:
+        """The flags of the compiler and of the linker for OpenMP: those of gcc and clang, or of Apple's clang with
+        Homebrew's libomp. None if there is none."""
+        libomp = os.environ.get("LIBOMP", "/opt/homebrew/opt/libomp")
+        for found in ((["-fopenmp"], ["-fopenmp"]),
+                      (["-Xpreprocessor", "-fopenmp", f"-I{libomp}/include"], [f"-L{libomp}/lib", "-lomp"])):
+            if self.compiles(OPENMP_PROBE, found[0]):
+                return found
+        return None
+
+    @cached_property
+    def flags(self) -> list[str]:
+        """CFLAGS, without those that this compiler does not know."""
+        return [flag for flag in CFLAGS if self.compiles("int main(void) { return 0; }", ["-Werror", flag])]
+
     def require_all(self) -> None:
         """Exit with one clear message when the compiler, OpenMP or Python's headers are missing."""
         name = " ".join(self.command)
         if not self.runs():
             sys.exit(f"feste needs a C compiler and found none ({name!r} does not run). "
                      "Install one, for example: apt install gcc, dnf install gcc, xcode-select --install")
-        if self.compiles(OPENMP_PROBE, ["-fopenmp"]):
+        if self.openmp:
             return
         if not self.compiles("#include <Python.h>\nint main(void) { return 0; }"):
             sys.exit(f"feste needs Python's C headers and found none in {self.include}. "
                      "Install them, for example: apt install python3-dev, dnf install python3-devel")
         sys.exit(f"feste needs a C compiler with OpenMP, and {name!r} -fopenmp does not compile <omp.h>. "
-                 "Install gcc, or libomp for clang, or name another compiler with CC=...")
+                 "Install gcc, or libomp for clang (brew install libomp; LIBOMP=DIR if it is elsewhere), or name another "
+                 "compiler with CC=...")
 
 
 def isa_variants(compiler: Compiler) -> list[str]:
     """The instruction sets to build for: those that are wanted and that the compiler has flags for."""
     wanted = os.environ.get("FESTE_ISA_BUILD", "")
     if not X86:
-        return ["generic"]
+        return ["neon"] if ARM else ["generic"]
     if wanted == "native":
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         names = ["avx512" if "avx512_bf16" in flags else "avx2" if "avx2" in flags and "fma" in flags else "generic"]
     else:
-        names = [name for name in wanted.split(",") if name] or list(ISA_FLAGS)
+        names = [name for name in wanted.split(",") if name] or [name for name in ISA_FLAGS if name != "neon"]
     for name in names:
         if name not in ISA_FLAGS:
             sys.exit(f"FESTE_ISA_BUILD={wanted}: unknown instruction set {name!r}, known are {', '.join(ISA_FLAGS)}")
@@ -103,7 +125,8 @@ def isa_variants(compiler: Compiler) -> list[str]:
     return able or ["generic"]
 
 
-def extension(module: str, source: str, flags: list[str] = (), depends: list[str] = ()) -> Extension:
+def extension(compiler: Compiler, module: str, source: str, flags: list[str] = (),
+              depends: list[str] = ()) -> Extension:
     """One extension, translated in a build directory of its own, so that variants never share a C file.
 
     It gets its compiler flags only then: cythonize remembers those of a source file, and would hand the flags of one
@@ -117,8 +140,9 @@ def extension(module: str, source: str, flags: list[str] = (), depends: list[str
     sanitize = SANITIZE if os.environ.get("FESTE_SANITIZE") else []
     ext.include_dirs = [numpy.get_include(), "feste"]
     ext.define_macros = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
-    ext.extra_compile_args = [*CFLAGS, "-fopenmp", *flags, *sanitize]
-    ext.extra_link_args = ["-fopenmp", *sanitize[:1]]
+    compile_openmp, link_openmp = compiler.openmp or ([], [])
+    ext.extra_compile_args = [*compiler.flags, *compile_openmp, *flags, *sanitize]
+    ext.extra_link_args = [*link_openmp, *sanitize[:1]]
     return ext
 
 
@@ -126,9 +150,9 @@ def extensions(compiler: Compiler) -> list[Extension]:
     if os.environ.get("FESTE_ISA_BUILD") == "none":
         return []
     included = sorted(path.name for pattern in ("*.pxi", "*.h") for path in Path("feste").glob(pattern))
-    variants = [extension(f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=included)
+    variants = [extension(compiler, f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=included)
                 for isa in isa_variants(compiler)]
-    return [*variants, extension("_bpe", "_bpe.pyx"), extension("_cpu", "_cpu.pyx")]
+    return [*variants, extension(compiler, "_bpe", "_bpe.pyx"), extension(compiler, "_cpu", "_cpu.pyx")]
 
 
 if __name__ == "__main__":

@@ -8,36 +8,41 @@
 #define FESTE_BLOCKS_H
 
 #if defined(__AVX512F__)
-#define BY_ISA(avx512, avx2, other) (avx512)
+#define BY_ISA(avx512, avx2, neon, other) (avx512)
 #elif defined(__AVX2__)
-#define BY_ISA(avx512, avx2, other) (avx2)
+#define BY_ISA(avx512, avx2, neon, other) (avx2)
+#elif defined(__aarch64__)
+#define BY_ISA(avx512, avx2, neon, other) (neon)
 #else
-#define BY_ISA(avx512, avx2, other) (other)
+#define BY_ISA(avx512, avx2, neon, other) (other)
 #endif
 
 enum {
     /* ---- the register tile: MR x NR elements of c stay in registers ------------------------------------------ */
-    /*                AVX-512  AVX2  SSE2, NEON */
-    VL         = BY_ISA(  16,     8,     4), /* float32 lanes of a vector */
-    MR         = BY_ISA(   8,     6,     6), /* rows. AVX-512, 32 registers: 8 x 2 accumulators hide the latency of an
-                                              * FMA (4 cycles, 1 or 2 a cycle) twice over, and an even number of rows
-                                              * leaves no edge at training shapes (multiples of 32). AVX2 and SSE2, 16
-                                              * registers: 6 x 2 accumulators + 2 vectors of b + 1 of a = 15. NEON has
-                                              * 32 and does well with the same. */
-    NV         = BY_ISA(   2,     2,     2), /* vectors in a row: each broadcast of a serves two FMAs */
+    /*                AVX-512  AVX2  NEON  SSE2 */
+    VL         = BY_ISA(  16,     8,     4,     4), /* float32 lanes of a vector */
+    MR         = BY_ISA(   8,     6,     8,     6), /* rows. AVX-512, 32 registers: 8 x 2 accumulators hide the latency
+                                              * of an FMA (4 cycles, 1 or 2 a cycle) twice over, and an even number of
+                                              * rows leaves no edge at training shapes (multiples of 32). AVX2 and SSE2,
+                                              * 16 registers: 6 x 2 accumulators + 2 vectors of b + 1 of a = 15. NEON,
+                                              * 32 registers: 8 x 3 + 3 + 1 = 28, the tile of BLIS on ARMv8. */
+    NV         = BY_ISA(   2,     2,     3,     2), /* vectors in a row: each broadcast of a serves as many FMAs. NEON's
+                                              * short vectors need three: 11 loads for 24 FMAs, two of each a cycle. */
     NR         = NV * VL,                    /* columns */
 
     /* ---- matrix products --------------------------------------------------------------------------------------- */
-    KC         = BY_ISA( 512,   512,   512), /* depth, in 32-bit lanes: a panel of KC x NR is 64, 32 or 16 KB and streams
-                                              * from L2, while tiles of c are read and written half as often as with 256.
-                                              * It alone decides the order of additions, so it is part of the results. */
-    NC         = BY_ISA(3072,  3072,  3072), /* columns of b that all threads pack for all: x KC floats, 6 MB of L3 */
-    MC         = BY_ISA(3072,  3072,  3072), /* rows of a that all threads pack for all, where the roles are changed */
+    KC         = 512,                        /* depth, in 32-bit lanes: a panel of KC x NR is 64, 32, 24 or 16 KB and
+                                              * streams from L2, while tiles of c are read and written half as often as
+                                              * with 256. It alone decides the order of additions, so it is part of the
+                                              * results. */
+    NC         = 3072,                       /* columns of b that all threads pack for all: x KC floats, 6 MB of L3 */
+    MC         = 3072,                       /* rows of a that all threads pack for all, where the roles are changed */
     TASK_MC    = 16 * MR,                    /* rows of a that a thread packs for itself: 16 strips x KC floats are 256
                                               * or 192 KB, up to half of L2 (1 MB or 512 KB) */
     TASK_NC    = 4 * NR,                     /* columns of b that a thread packs for itself: 4 panels x KC floats */
-    MIN_TILES  = BY_ISA(   4,     4,     4), /* strips or panels of a task at least: fewer are read in pieces shorter than
-                                              * the prefetchers follow, and pass over the whole other side for little */
+    MIN_TILES  = 4,                          /* strips or panels of a task at least: fewer are read in pieces shorter
+                                              * than the prefetchers follow, and pass over the whole other side for
+                                              * little */
     TASKS_PER_THREAD = 8,                    /* so fine that a thread which was held up costs the others little */
     PAD        = 16,                         /* floats (a cache line) between strips and between panels, so that those
                                               * written side by side do not fall into one set of L1 */

@@ -14,15 +14,22 @@ cdef extern from *:
             && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
             && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
     }
+    static int cpu_neon(void) { return 0; }
     #else
     static int cpu_x86(void) { return 0; }
     static int cpu_avx2(void) { return 0; }
     static int cpu_avx512(void) { return 0; }
+    #if defined(__aarch64__)
+    static int cpu_neon(void) { return 1; } /* every one has it */
+    #else
+    static int cpu_neon(void) { return 0; }
+    #endif
     #endif
     """
     int cpu_x86()
     int cpu_avx2()
     int cpu_avx512()
+    int cpu_neon()
 
 
 cdef extern from *:
@@ -46,7 +53,8 @@ cdef enum:
 
 def supported():
     """Names of the instruction sets this processor (and its operating system) can run, best first."""
-    return ["avx512"] * bool(cpu_avx512()) + ["avx2"] * bool(cpu_avx2()) + ["generic"]
+    able = {"avx512": cpu_avx512(), "avx2": cpu_avx2(), "neon": cpu_neon(), "generic": True}
+    return [name for name, yes in able.items() if yes]
 
 
 def clock_hertz():

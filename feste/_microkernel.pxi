@@ -40,16 +40,17 @@ cdef inline Output output_at(Output out, Py_ssize_t i, Py_ssize_t j) noexcept no
 cdef inline void micro_kernel(Output out, Strips a, const float* b, Py_ssize_t k) noexcept nogil:
     """One register tile: c (MR, NR) = start + (a (MR, k) b (k, NR) + bias), a being one strip and b one panel."""
     cdef vf acc[MR][NV]
-    cdef vf b0, b1, ai
-    cdef Py_ssize_t i, p
+    cdef vf bk[NV]
+    cdef vf ai
+    cdef Py_ssize_t i, j, p
     open_tile(acc, out)
     for p in range(k):
-        b0 = vload(b)
-        b1 = vload(b + VL)
+        for j in range(NV):
+            bk[j] = vload(b + j * VL)
         for i in range(MR):
             ai = vset(a.data[i * a.rs])
-            acc[i][0] = vfma(ai, b0, acc[i][0])
-            acc[i][1] = vfma(ai, b1, acc[i][1])
+            for j in range(NV):
+                acc[i][j] = vfma(ai, bk[j], acc[i][j])
         a.data += a.cs
         b += NR
     close_tile(out, acc)
@@ -58,16 +59,17 @@ cdef inline void micro_kernel(Output out, Strips a, const float* b, Py_ssize_t k
 cdef inline void micro_kernel_bf16(Output out, Strips a, const float* b, Py_ssize_t k) noexcept nogil:
     """One register tile on pairs of bfloat16: a (MR, k) and b (k, NR) in pairs; the sums are float32."""
     cdef vf acc[MR][NV]
-    cdef vi b0, b1, ai
-    cdef Py_ssize_t i, p
+    cdef vi bk[NV]
+    cdef vi ai
+    cdef Py_ssize_t i, j, p
     open_tile(acc, out)
     for p in range(k):
-        b0 = viload(<const int32_t*>b)
-        b1 = viload(<const int32_t*>b + VL)
+        for j in range(NV):
+            bk[j] = viload(<const int32_t*>b + j * VL)
         for i in range(MR):
             ai = viset((<const int32_t*>a.data)[i * a.rs])
-            acc[i][0] = vdot_bf16(acc[i][0], ai, b0)
-            acc[i][1] = vdot_bf16(acc[i][1], ai, b1)
+            for j in range(NV):
+                acc[i][j] = vdot_bf16(acc[i][j], ai, bk[j])
         a.data += a.cs
         b += NR
     close_tile(out, acc)
@@ -76,28 +78,25 @@ cdef inline void micro_kernel_bf16(Output out, Strips a, const float* b, Py_ssiz
 cdef inline void open_tile(vf (*acc)[NV], Output out) noexcept nogil:
     """Zero the accumulators, and send for the rows of c and start: fetched when they are needed, they would stop the
     tile; fetched now, they arrive while the products are made."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, j
     for i in range(MR):
         prefetch_write(out.c + i * out.ld, NR)
         if out.start != NULL and out.start != out.c:
             prefetch_read(out.start + i * out.ld, NR)
-        acc[i][0] = acc[i][1] = vset(0)
+        for j in range(NV):
+            acc[i][j] = vset(0)
 
 
 cdef inline void close_tile(Output out, vf (*acc)[NV]) noexcept nogil:
     """c (MR, NR) = start + (acc + bias)."""
-    cdef Py_ssize_t i
-    if out.bias != NULL:
-        for i in range(MR):
-            acc[i][0] = acc[i][0] + vload(out.bias)
-            acc[i][1] = acc[i][1] + vload(out.bias + VL)
-    if out.start != NULL:
-        for i in range(MR):
-            acc[i][0] = vload(out.start + i * out.ld) + acc[i][0]
-            acc[i][1] = vload(out.start + i * out.ld + VL) + acc[i][1]
+    cdef Py_ssize_t i, j
     for i in range(MR):
-        vstore(out.c + i * out.ld, acc[i][0])
-        vstore(out.c + i * out.ld + VL, acc[i][1])
+        for j in range(NV):
+            if out.bias != NULL:
+                acc[i][j] = acc[i][j] + vload(out.bias + j * VL)
+            if out.start != NULL:
+                acc[i][j] = vload(out.start + i * out.ld + j * VL) + acc[i][j]
+            vstore(out.c + i * out.ld + j * VL, acc[i][j])
 
 
 cdef void close_edge(Output out, const float* tile, Py_ssize_t m, Py_ssize_t n) noexcept nogil:

@@ -39,21 +39,19 @@ cdef void pack_panels(Panels out, float* sums, Matrix b, Py_ssize_t k, Py_ssize_
 
 cdef void pack_panels_by_rows(Panels out, float* sums, Matrix b, Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     """out [ceil(n / NR)][k][NR] = b (k, n), rows of b contiguous: each row is read in one go and spread over all panels."""
-    cdef Py_ssize_t p, panel, j
+    cdef Py_ssize_t p, panel, i, j
     cdef const float* x
-    cdef vf x0, x1
+    cdef vf xi
     for p in range(k):
         x = b.data + p * b.rs
         prefetch_read(x + PREFETCH_ROWS * b.rs, n)
         for panel in range(ceil_div(n, NR)):
-            j = panel * NR
-            x0 = part(x + j, n - j)
-            x1 = part(x + j + VL, n - j - VL)
-            vstore(out.data + panel * out.ps + p * NR, x0)
-            vstore(out.data + panel * out.ps + p * NR + VL, x1)
-            if sums != NULL:
-                vstore(sums + j, vload(sums + j) + x0)
-                vstore(sums + j + VL, vload(sums + j + VL) + x1)
+            for i in range(NV):
+                j = panel * NR + i * VL
+                xi = part(x + j, n - j)
+                vstore(out.data + panel * out.ps + p * NR + i * VL, xi)
+                if sums != NULL:
+                    vstore(sums + j, vload(sums + j) + xi)
 
 
 cdef void pack_panels_by_columns(Panels out, Matrix b, Py_ssize_t k, Py_ssize_t n) noexcept nogil:

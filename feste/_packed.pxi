@@ -36,10 +36,11 @@ cdef void packed_row(Output out, const int32_t* x, const int32_t* panel, Py_ssiz
     cdef Py_ssize_t pb, pc, k, j
     for pb in range(ceil_div(pairs, KC)):
         pc = pb * KC
-        acc[0] = acc[1] = vset(0)
+        for j in range(NV):
+            acc[j] = vset(0)
         for k in range(pc, min(pc + KC, pairs)):
-            acc[0] = vdot_bf16(acc[0], viset(x[k]), viload(panel + k * NR))
-            acc[1] = vdot_bf16(acc[1], viset(x[k]), viload(panel + k * NR + VL))
+            for j in range(NV):
+                acc[j] = vdot_bf16(acc[j], viset(x[k]), viload(panel + k * NR + j * VL))
         for j in range(NV):
             if pb == 0 and out.bias != NULL:
                 acc[j] = acc[j] + part(out.bias + j * VL, n - j * VL)

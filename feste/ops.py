@@ -4,7 +4,7 @@ The kernels themselves are re-exported under their own names, so `ops.gelu_forwa
 a call costs no Python in between; each checks its arrays' dtype, shape, layout and overlap before it writes.
 What each computes stands in `reference.py` under the same name.
 
-    ops.isa              the instruction set in use: avx512 (with BF16), avx2 or generic
+    ops.isa              the instruction set in use: avx512 (with BF16), avx2, neon or generic
     ops.isa_reason       why that one
     ops.available_isas   all that were built and that this CPU can run, best first
 
@@ -29,7 +29,7 @@ try:
 except ImportError:
     raise ImportError("feste's kernels are not compiled; run `make` in the checkout, or `pip install .`") from None
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512", "avx2", "neon", "generic")
 
 # How long an idle thread of GNU OpenMP spins before it sleeps. Alone on the machine the default (300,000) is no
 # faster; beside another busy process it makes a step up to a hundred times slower, because a spinning thread holds

@@ -86,7 +86,7 @@ def test_a_shell_completes(tmp_path):
 def test_an_unknown_instruction_set_is_one_line(words):
     done = run(*words, FESTE_ISA="nonsense")
     assert done.returncode == 2
-    assert done.stderr == "error: FESTE_ISA=nonsense is unknown; choose one of avx512, avx2, generic\n"
+    assert done.stderr == "error: FESTE_ISA=nonsense is unknown; choose one of avx512, avx2, neon, generic\n"
 
 
 def test_a_package_that_is_not_built_is_one_line(tmp_path):

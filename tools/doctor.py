@@ -31,8 +31,8 @@ FEATURES = {  # module -> what needs it, and how to get it
 }
 VARIABLES = ("FESTE_ISA", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 # float32 operations a cycle and core: multiply-adds count twice. Two units of 8 lanes (AVX2), of 4 (SSE2, without the
-# multiply-add); with AVX-512 one unit of 16 lanes at least (Zen 4), two of them on others.
-PER_CYCLE = {"avx512": 32, "avx2": 32, "generic": 8}
+# multiply-add); with AVX-512 one unit of 16 lanes at least (Zen 4), two of them on others; NEON, two of 4 at least.
+PER_CYCLE = {"avx512": 32, "avx2": 32, "neon": 16, "generic": 8}
 SLOW = 0.7     # of what is expected, below which a remark is made
 SECONDS = 0.4  # for each of the measurements
 
