@@ -95,7 +95,8 @@ def test_a_package_that_is_not_built_is_one_line(tmp_path):
     for name in ("train", "repl"):
         done = run("-m", "feste", name, "x", home=tmp_path)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: feste's kernels are not compiled; run `make`") and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: feste's kernels are not compiled; run `make`")
+        assert done.stderr.count("\n") == 1
     assert run("-m", "feste", "monitor", "--demo", "--once", home=tmp_path).returncode == 0
     assert "kernels      none: feste's kernels are not compiled" in run("-m", "feste", "doctor", home=tmp_path).stdout
 

@@ -301,7 +301,7 @@ def test_a_run_the_disk_cannot_hold_is_refused(tmp_path, text_file, capsys, monk
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--data", "missing.txt"], "missing.txt: No such file or directory"),
-    (["--data", ""], "is a directory without tokens; make a directory of tokens with python -m tools.prepare"),
+    (["--data", ""], "is a directory without tokens; make a directory of tokens with `feste prepare"),
     (["--resume", ""], ". holds no checkpoint yet"),
     (["--n-embd", "100000000"], "not enough memory"),
     (["--weight-decay", "inf"], "weight_decay must be a finite number"),
