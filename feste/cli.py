@@ -29,6 +29,7 @@ from feste.corpus import Source
 from feste.data import split_tokens
 from feste.errors import FesteError
 from feste.evaluation import held_out_loss, perplexity
+from feste.events import LOGGERS, Listeners, require_loggers
 from feste.model import GPT2
 from feste.params import ParameterTable
 from feste.plan import Plan
@@ -152,6 +153,10 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
                      "data/TEXT_PRESET_TIME, or the one that is resumed)")
     run.add_argument("--resume", metavar="PATH", type=Path,
                      help="continue the run of a directory or checkpoint, to the bit")
+    run.add_argument("--log-to", metavar="NAME", nargs="+", choices=list(LOGGERS), default=(),
+                     help=f"give the figures to others, too: {', '.join(LOGGERS)} (offline)")
+    run.add_argument("--on-event", metavar="CMD", help="a shell command for the end of the run, failure, NaN and a "
+                     "stall: it finds FESTE_EVENT, FESTE_RUN, FESTE_STEP, FESTE_MESSAGE in its environment")
     run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
     text.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of `feste prepare` "
                       "(default: Shakespeare, as much of it as the preset says)")
@@ -191,14 +196,18 @@ def _named(args: argparse.Namespace, cls: type) -> dict:
 
 def run_training(preset: Preset, args: argparse.Namespace, loop: Callable[[Run], None] | None = None) -> int:
     """Plan the run that the flags describe, say what it is, and carry it out. Returns the exit code."""
+    require_loggers(args.log_to)
     the_plan = _plan(preset, args)
     announce(the_plan)
     _refuse_full_disk(the_plan)
     if args.dry_run:
         print_estimate(the_plan)
         return 0
-    with Progress(the_plan.config, start=the_plan.state.step) as progress:
-        result = train(the_plan, progress, loop)
+    listeners = Listeners(Progress(the_plan.config, start=the_plan.state.step), the_plan.run_dir,
+                          the_plan.model.config.to_dict() | the_plan.config.to_dict(), args.log_to, args.on_event)
+    with listeners:
+        result = train(the_plan, listeners, loop)
+        listeners.state = result.state
     return finish(the_plan, result)
 
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("run.directory",),
     ("plan",),
     ("trainer",),
+    ("events",),
     ("cli",),
     ("__main__",),
 )
