@@ -140,7 +140,8 @@ def extension(compiler: Compiler, module: str, source: str, flags: list[str] = (
     sanitize = SANITIZE if os.environ.get("FESTE_SANITIZE") else []
     ext.include_dirs = [numpy.get_include(), "feste"]
     ext.define_macros = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
-    compile_openmp, link_openmp = compiler.openmp or ([], [])
+    # The runtime of OpenMP reads its settings once, when it is loaded, and ops.py makes them: no one else may load it.
+    compile_openmp, link_openmp = (compiler.openmp or ([], [])) if source == "_ops.pyx" else ([], [])
     ext.extra_compile_args = [*compiler.flags, *compile_openmp, *flags, *sanitize]
     ext.extra_link_args = [*link_openmp, *sanitize[:1]]
     return ext

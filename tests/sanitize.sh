@@ -14,8 +14,8 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT INT TERM
 
 mkdir "$scratch/feste" "$scratch/reports"
-(cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' setup.py pyproject.toml README.md LICENSE feste tests \
-    tools examples) | (cd "$scratch/feste" && tar xf -)
+(cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' setup.py pyproject.toml README.md CHANGELOG.md Makefile LICENSE \
+    feste tests tools examples docs) | (cd "$scratch/feste" && tar xf -)
 
 if [ -x "$root/.venv/bin/python" ] && "$root/.venv/bin/python" -c 'import Cython, hypothesis, numpy' 2>/dev/null; then
     python=$root/.venv/bin/python

@@ -22,6 +22,7 @@ LONG = 'he said: "\0,\r\n' * 20_000  # 280,000 characters; Python's csv module s
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=8))
+@settings(deadline=None)
 def test_the_cells_of_a_record_are_those_it_was_made_of(cells):
     record = rows.record_of(cells).encode()
     assert rows.record_end(record, 0) == len(record)
@@ -30,6 +31,7 @@ def test_the_cells_of_a_record_are_those_it_was_made_of(cells):
 
 
 @given(st.lists(st.lists(TEXTS, min_size=2, max_size=4), max_size=6))
+@settings(deadline=None)
 def test_records_are_found_one_after_another(table):
     data = b"".join(rows.record_of(cells).encode() for cells in table)
     assert [rows.cells_of(record) for record in rows.records(data + b'7,"torn')] == table
@@ -37,13 +39,14 @@ def test_records_are_found_one_after_another(table):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the csv module of Python 3.10 has no NUL")
 @given(st.lists(st.lists(TEXTS, min_size=2, max_size=4), max_size=6))
+@settings(deadline=None)
 def test_records_are_csv(table):
     text = "".join(rows.record_of(cells) for cells in table)
     assert list(csv.reader(io.StringIO(text, newline=""), strict=True)) == table
 
 
 @given(st.lists(st.one_of(st.none(), TEXTS), min_size=1, max_size=12), st.integers(1, 400))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_every_sample_comes_back_from_the_log(tmp_path_factory, samples, chunk):
     path = tmp_path_factory.mktemp("run")
     log = RunLog(path, {}, locked=True)
