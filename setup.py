@@ -29,12 +29,14 @@ X86, ARM = MACHINE in ("x86_64", "amd64", "x64"), MACHINE in ("aarch64", "arm64"
 # -O3: at -O2 the register tiles of the GEMM are not unrolled and run at a third of the speed.
 # -fno-math-errno and -fno-trapping-math drop errno and floating-point exception flags, which nothing here reads; NaN,
 # Inf and signed zeros keep their meaning, unlike under -ffast-math.
-# What is inlined is what the source says: gcc's own choice differs from one edit to the next, by 5 % of attention.
+CFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-unused-function"]
+
+# What is inlined is what the source says: gcc's own choice differs from one edit to the next, by 5 % of attention. (To
+# clang the same words mean that nothing is inlined at all.)
 # -falign-loops: where the register tile's loop begins is otherwise luck, worth 5 %.
 # -fno-schedule-insns: gcc's first scheduling, on by default for AArch64, hoists loads until accumulators spill.
-# A compiler that does not know one of them (clang) goes without.
-CFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-inline-functions", "-fno-inline-small-functions",
-          "-fno-inline-functions-called-once", "-falign-loops=64", "-fno-schedule-insns", "-Wno-unused-function"]
+GCC_FLAGS = ["-fno-inline-functions", "-fno-inline-small-functions", "-fno-inline-functions-called-once",
+             "-falign-loops=64", "-fno-schedule-insns"]
 
 # Instruction set -> flags. The order is from best to plainest; ops.py names them in the same words.
 ISA_FLAGS = {
@@ -86,8 +88,9 @@ class Compiler:
 
     @cached_property
     def flags(self) -> list[str]:
-        """CFLAGS, without those that this compiler does not know."""
-        return [flag for flag in CFLAGS if self.compiles("int main(void) { return 0; }", ["-Werror", flag])]
+        """CFLAGS, with those for gcc if that is what the compiler is."""
+        clang = self.compiles("#ifndef __clang__\n#error\n#endif\nint main(void) { return 0; }")
+        return CFLAGS if clang else [*CFLAGS, *GCC_FLAGS]
 
     def require_all(self) -> None:
         """Exit with one clear message when the compiler, OpenMP or Python's headers are missing."""
