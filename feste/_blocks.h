@@ -29,6 +29,10 @@ enum {
     NV         = BY_ISA(   2,     2,     3,     2), /* vectors in a row: each broadcast of a serves as many FMAs. NEON's
                                               * short vectors need three: 11 loads for 24 FMAs, two of each a cycle. */
     NR         = NV * VL,                    /* columns */
+    PAIR_WORDS = BY_ISA(   1,     2,     2,     2), /* 32-bit words that hold two neighbours in k of a bfloat16 strip.
+                                              * BF16 instructions want them in one. Without, each is a float32 that has
+                                              * the value of a bfloat16, so that the register tile takes only the pairs of
+                                              * b apart, for all rows, and not those of a for each. */
 
     /* ---- matrix products --------------------------------------------------------------------------------------- */
     KC         = 512,                        /* depth, in 32-bit lanes: a panel of KC x NR is 64, 32, 24 or 16 KB and

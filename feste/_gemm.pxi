@@ -26,7 +26,7 @@ cdef struct Block:         # a part of a product
 # ---- how a product is cut ----------------------------------------------------------------------------------
 
 cdef inline Py_ssize_t lanes_of(const Gemm* g, Py_ssize_t k) noexcept nogil:
-    """32-bit lanes that hold k neighbours in k: a lane holds two of bfloat16."""
+    """32-bit lanes of k neighbours in a packed column of b: a lane holds two of bfloat16."""
     return ceil_div(k, 2) if g.bf16 else k
 
 
@@ -35,9 +35,14 @@ cdef inline Py_ssize_t depth_of(const Gemm* g) noexcept nogil:
     return 2 * KC if g.bf16 else KC
 
 
+cdef inline Py_ssize_t words_of(const Gemm* g, Py_ssize_t k) noexcept nogil:
+    """32-bit words of k neighbours in a packed row of a."""
+    return PAIR_WORDS * ceil_div(k, 2) if g.bf16 else k
+
+
 cdef inline Py_ssize_t strip_stride(const Gemm* g, Py_ssize_t k) noexcept nogil:
     """From a packed strip of a (MR, k) to the next."""
-    return MR * lanes_of(g, k) + PAD
+    return MR * words_of(g, k) + PAD
 
 
 cdef inline Py_ssize_t panel_stride(const Gemm* g, Py_ssize_t k) noexcept nogil:
@@ -123,7 +128,7 @@ cdef void multiply(const Gemm* g, const float* strips, Panels panels, Block at) 
     cdef Py_ssize_t lanes = lanes_of(g, at.kc), whole = 0
     cdef Strips packed = Strips(data=strips, ps=strip_stride(g, at.kc), rs=1, cs=MR)  # by pack_strips, or
     if g.bf16 and a.cs == 1:
-        packed.rs, packed.cs = lanes, 1                                               # by pack_rows_bf16
+        packed.rs, packed.cs = words_of(g, at.kc), 1                                  # by pack_rows_bf16
     if at.pc > 0:  # bias and start went into the first block of K; now c is what the product is added to
         out.start, out.bias = out.c, NULL
     if a.cs == 1 and not g.bf16:

@@ -2,8 +2,9 @@
 #
 #     c (m, n) = start + (a (m, k) b (k, n) + bias)
 #
-# a is read in strips of MR rows, b in panels of NR columns (micro-panels, in BLIS). In bf16 a 32-bit lane holds two
-# neighbours in k, so strips and panels keep their shape, k counts pairs, and `float*` points to pairs.
+# a is read in strips of MR rows, b in panels of NR columns (micro-panels, in BLIS). In bf16 a 32-bit lane of a panel holds
+# two neighbours in k, so panels keep their shape, k counts pairs, and `float*` points to pairs; a pair of a strip has
+# PAIR_WORDS words.
 #
 # Each element of c is summed over k in ascending order, from zero, whatever the cut in m and n; bias and start are
 # added after that. So the bits depend on where k is cut (KC) and on nothing else.
@@ -57,20 +58,23 @@ cdef inline void micro_kernel(Output out, Strips a, const float* b, Py_ssize_t k
 
 
 cdef inline void micro_kernel_bf16(Output out, Strips a, const float* b, Py_ssize_t k) noexcept nogil:
-    """One register tile on pairs of bfloat16: a (MR, k) and b (k, NR) in pairs; the sums are float32."""
+    """One register tile on k pairs of bfloat16, of which a has PAIR_WORDS words each; the sums are float32."""
     cdef vf acc[MR][NV]
     cdef vi bk[NV]
     cdef vi ai
     cdef Py_ssize_t i, j, p
+    cdef int w, word
     open_tile(acc, out)
     for p in range(k):
-        for j in range(NV):
-            bk[j] = viload(<const int32_t*>b + j * VL)
-        for i in range(MR):
-            ai = viset((<const int32_t*>a.data)[i * a.rs])
+        for w in range(PAIR_WORDS):
+            word = PAIR_WORDS - 1 - w
             for j in range(NV):
-                acc[i][j] = vdot_bf16(acc[i][j], ai, bk[j])
-        a.data += a.cs
+                bk[j] = bf16_half(viload(<const int32_t*>b + j * VL), word)
+            for i in range(MR):
+                ai = viset((<const int32_t*>a.data)[i * a.rs + word * a.cs])
+                for j in range(NV):
+                    acc[i][j] = bf16_fma(acc[i][j], ai, bk[j])
+        a.data += PAIR_WORDS * a.cs
         b += NR
     close_tile(out, acc)
 
@@ -148,7 +152,7 @@ def peak_flops(Py_ssize_t iterations, bint bf16=False):
     Timed from outside, it is the rate that no matrix product on this machine can pass by more than the few percent that
     deeper panels bring: its depth of 64 is that of a head in attention, so that a (MR, 64), b (64, NR) and c fit in L1.
     """
-    cdef Py_ssize_t depth = 64, size = (MR + NR) * depth + MR * NR, thread, i
+    cdef Py_ssize_t depth = 64, size = (PAIR_WORDS * MR + NR) * depth + MR * NR, thread, i
     cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
     cdef float* a
     cdef float* b
@@ -156,7 +160,7 @@ def peak_flops(Py_ssize_t iterations, bint bf16=False):
     memset(work, 0, n_threads * size * sizeof(float))
     for thread in prange(n_threads, nogil=True, schedule='static', num_threads=n_threads, chunksize=1):
         a = work + thread * size
-        b = a + MR * depth
+        b = a + PAIR_WORDS * MR * depth
         c = b + NR * depth
         for i in range(iterations):
             if bf16:

@@ -32,7 +32,7 @@ from openmp cimport omp_get_max_threads
 
 cdef extern from "_blocks.h" nogil:
     enum:  # each with its reason, and its value for every instruction set, in that file
-        VL, MR, NV, NR, KC, NC, MC, TASK_MC, TASK_NC, MIN_TILES, TASKS_PER_THREAD, PAD, PREFETCH_ROWS, ROW_PRODUCT_K
+        VL, MR, NV, NR, PAIR_WORDS, KC, NC, MC, TASK_MC, TASK_NC, MIN_TILES, TASKS_PER_THREAD, PAD, PREFETCH_ROWS, ROW_PRODUCT_K
         QUERIES, ROW_TILE, SUM_TILE, SERIAL, SERIAL_WEIGHT
 
 cdef extern from "_simd.h" nogil:
@@ -57,7 +57,9 @@ cdef extern from "_simd.h" nogil:
     vi bf16_bits(vf x)
     vi bf16_pairs(vf even, vf odd)
     vi bf16_row(vf x0, vf x1)
-    vf vdot_bf16(vf acc, vi a, vi b)
+    vi bf16_half(vi pairs, int word)
+    vf bf16_fma(vf acc, vi a, vi b)
+    vi bf16_word(vf even, vf odd, int word)
     void prefetch_read(const float* p, Py_ssize_t n)
     void prefetch_write(const float* p, Py_ssize_t n)
     void transpose_tile(int32_t* out, Py_ssize_t ldo, const int32_t* x, Py_ssize_t ldi)

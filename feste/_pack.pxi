@@ -153,13 +153,14 @@ cdef void pack_strips(float* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, Py_ssiz
 
 
 cdef void pack_strips_bf16(int32_t* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
-    """out [ceil(m / MR)][ceil(k / 2)][MR], strips ps apart, = pairs of a (m, k), columns of a contiguous.
+    """out [ceil(m / MR)][ceil(k / 2)][PAIR_WORDS][MR], strips ps apart, = pairs of a (m, k), columns of a contiguous.
 
     Zero beyond m and k. Two rows of a^T, neighbours in k, are read side by side.
     """
     cdef Py_ssize_t s, i, j, jb, pair
     cdef const float* x
-    cdef vf odd
+    cdef vf even, odd
+    cdef int word
     for pair in range(ceil_div(k, 2)):
         x = a.data + 2 * pair * a.cs
         prefetch_read(x + 2 * PREFETCH_ROWS * a.cs, m)
@@ -168,27 +169,31 @@ cdef void pack_strips_bf16(int32_t* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, 
             for jb in range(ceil_div(MR, VL)):  # once, but for SSE2 and NEON, where MR is more than a vector
                 j = jb * VL
                 i = s * MR + j
+                even = part(x + i, m - i)
                 odd = part(x + a.cs + i, m - i) if 2 * pair + 1 < k else vset(0)
-                put_pairs(out + s * ps + pair * MR + j, bf16_pairs(part(x + i, m - i), odd), MR - j)
+                for word in range(PAIR_WORDS):
+                    put_words(out + s * ps + (pair * PAIR_WORDS + word) * MR + j, bf16_word(even, odd, word), MR - j)
 
 
 cdef void pack_rows_bf16(int32_t* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
-    """out [ceil(m / MR)][MR][ceil(k / 2)], strips ps apart, = pairs of a (m, k), rows of a contiguous.
+    """out [ceil(m / MR)][MR][ceil(k / 2)][PAIR_WORDS], strips ps apart, = pairs of a (m, k), rows of a contiguous.
 
     Zero beyond m and k. A row stays a row: it need not be transposed, because the micro-kernel takes any strides.
     """
-    cdef Py_ssize_t kb, i, pair, pairs = ceil_div(k, 2)
+    cdef Py_ssize_t i, p, word, block, words = PAIR_WORDS * ceil_div(k, 2)
     cdef const float* x
     cdef int32_t* row
     for i in range(ceil_div(m, MR) * MR):
-        row = out + i // MR * ps + i % MR * pairs
+        row = out + i // MR * ps + i % MR * words
         if i >= m:
-            memset(row, 0, pairs * sizeof(int32_t))
+            memset(row, 0, words * sizeof(int32_t))
             continue
-        for kb in range(ceil_div(pairs, VL)):
-            pair = kb * VL
-            x = a.data + i * a.rs + 2 * pair
-            put_pairs(row + pair, bf16_row(part(x, k - 2 * pair), part(x + VL, k - 2 * pair - VL)), pairs - pair)
+        for block in range(ceil_div(words, VL)):
+            word = block * VL
+            p = word * 2 // PAIR_WORDS
+            x = a.data + i * a.rs + p
+            put_words(row + word, bf16_row(part(x, k - p), part(x + VL, k - p - VL)) if PAIR_WORDS == 1
+                      else bf16_bits(part(x, k - p)), words - word)
 
 
 def round_bf16(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):

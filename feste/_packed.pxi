@@ -34,13 +34,17 @@ cdef void packed_row(Output out, const int32_t* x, const int32_t* panel, Py_ssiz
     cdef vf acc[NV]
     cdef vf total[NV]
     cdef Py_ssize_t pb, pc, k, j
+    cdef int w, word
     for pb in range(ceil_div(pairs, KC)):
         pc = pb * KC
         for j in range(NV):
             acc[j] = vset(0)
         for k in range(pc, min(pc + KC, pairs)):
-            for j in range(NV):
-                acc[j] = vdot_bf16(acc[j], viset(x[k]), viload(panel + k * NR + j * VL))
+            for w in range(PAIR_WORDS):
+                word = PAIR_WORDS - 1 - w
+                for j in range(NV):
+                    acc[j] = bf16_fma(acc[j], viset(x[PAIR_WORDS * k + word]),
+                                      bf16_half(viload(panel + k * NR + j * VL), word))
         for j in range(NV):
             if pb == 0 and out.bias != NULL:
                 acc[j] = acc[j] + part(out.bias + j * VL, n - j * VL)
@@ -59,7 +63,7 @@ cdef void packed_rows(Output out, Strips x, Panels panel, Py_ssize_t rows, Py_ss
         lanes = min(KC, pairs - pb * KC)
         macro_kernel(out, x, panel, rows, n, lanes, True)
         out.start, out.bias = out.c, NULL  # the next block is added to this one
-        x.data += lanes
+        x.data += PAIR_WORDS * lanes
         panel.data += lanes * NR
 
 
@@ -69,21 +73,21 @@ def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarr
     it; bias and residual may be None."""
     cdef Arrays args
     args.n = 0
-    cdef Py_ssize_t pairs = ceil_div(K, 2), n_panels = ceil_div(N, NR), padded = ceil_div(rows, MR) * MR, panel, j
+    cdef Py_ssize_t pairs = ceil_div(K, 2), words = PAIR_WORDS * pairs, n_panels = ceil_div(N, NR), panel, j
     cdef float* o = output(&args, out, rows, N, "out")
     cdef const float* px = input(&args, x, rows, K, "x")
     cdef float* weight = <float*>array(&args, packed, cnp.NPY_INT32, 1, n_panels * NR * pairs, "packed", False)
     cdef const float* b = optional(&args, bias, 1, N, "bias")
     cdef const float* r = optional(&args, residual, rows, N, "residual")
     cdef Output whole = Output(c=o, start=r, bias=b, ld=N)
-    cdef float* strips = <float*>scratch(padded * pairs * sizeof(float))  # [ceil(rows / MR)][MR][pairs]
+    cdef float* strips = <float*>scratch(ceil_div(rows, MR) * MR * words * sizeof(float))  # [ceil(rows / MR)][MR][words]
     check_overlap(&args)
     with nogil:
-        pack_rows_bf16(<int32_t*>strips, MR * pairs, rows_of_length(px, K), rows, K)
+        pack_rows_bf16(<int32_t*>strips, MR * words, rows_of_length(px, K), rows, K)
         for panel in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > SERIAL_WEIGHT):
             j = panel * NR
             if rows == 1:
                 packed_row(output_at(whole, 0, j), <int32_t*>strips, <int32_t*>weight + j * pairs, pairs, min(NR, N - j))
             else:
-                packed_rows(output_at(whole, 0, j), Strips(data=strips, ps=MR * pairs, rs=pairs, cs=1),
+                packed_rows(output_at(whole, 0, j), Strips(data=strips, ps=MR * words, rs=words, cs=1),
                             Panels(data=weight + j * pairs, ps=0), rows, pairs, min(NR, N - j))

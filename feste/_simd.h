@@ -156,16 +156,18 @@ static inline vi bf16_row(vf x0, vf x1) {
     return pairs;
 #endif
 }
-/* acc + odd * odd + even * even, each product exact and each sum rounded once, in that order. */
-static inline vf vdot_bf16(vf acc, vi a, vi b) {
+/* Products of pairs, acc + odd * odd + even * even, each product exact and each sum rounded once, in that order. With
+ * BF16 instructions that is one step on the pairs as they are. Else it is two, on the odd (word 1) and then on the even
+ * (word 0) half of the pairs of b, and on words of a that are float32. */
 #if defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+static inline vi bf16_half(vi pairs, int word) { return pairs; }
+static inline vf bf16_fma(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+static inline vi bf16_word(vf even, vf odd, int word) { return bf16_pairs(even, odd); }
 #else
-    const int32_t high = (int32_t)0xFFFF0000;
-    acc = vfma((vf)(a & high), (vf)(b & high), acc);
-    return vfma((vf)(a << 16), (vf)(b << 16), acc);
+static inline vi bf16_half(vi pairs, int word) { return word ? pairs & (int32_t)0xFFFF0000 : pairs << 16; }
+static inline vf bf16_fma(vf acc, vi a, vi b) { return vfma((vf)a, (vf)b, acc); }
+static inline vi bf16_word(vf even, vf odd, int word) { return bf16_bits(word ? odd : even); }
 #endif
-}
 
 /* out (VL x VL, leading dimension ldo) = the transpose of in: log2(VL) rounds, each swapping the
  * off-diagonal blocks of twice the size. */
