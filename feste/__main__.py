@@ -33,6 +33,8 @@ COMMANDS = {
     "plot": Command("feste.tools.plot", "draw the curves of runs"),
     "compare": Command("feste.tools.compare", "what differs between runs, and how each went"),
     "prepare": Command("feste.tools.prepare", "make texts larger than memory into a directory of tokens"),
+    "import": Command("feste.tools.import_model", "make a checkpoint of a GPT-2 from Hugging Face"),
+    "export": Command("feste.tools.export", "write a model for transformers, llama.cpp, ollama"),
     "bench": Command("feste.tools.bench.__main__", "measure speed, beside PyTorch and others"),
     "doctor": Command("feste.tools.doctor", "what this machine can do and what it lacks; for bug reports"),
     "completion": Command("feste.__main__", "print completions for bash, zsh or tcsh"),

@@ -6,6 +6,7 @@ memory: head and loss go through HEAD_ROWS rows at a time. Nothing is allocated 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from feste import ops, transformer
 from feste.config import PRECISIONS, Config
 from feste.errors import FesteError
+from feste.formats import huggingface
 from feste.generation import Decoder, Sampler
 from feste.params import ParameterTable
 from feste.transformer import HEAD_ROWS, Activations, Dropout, Pass, Weights
@@ -34,6 +36,17 @@ class GPT2:
         self._make(config, precision, dropout_seed=0 if seed is None else seed)
         if seed is not None:
             self.table.initialise(self.flat_params, seed)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, precision: str = "fp32") -> GPT2:
+        """A GPT-2 from a directory of Hugging Face's transformers: config.json and model.safetensors, or its shards.
+
+        Reads the directory only. FesteError names what feste does not compute, or what is damaged.
+        """
+        config, files = huggingface.read_config(directory)
+        model = cls(config, seed=None, precision=precision)
+        huggingface.read_tensors(files, model.params)
+        return model
 
     def _make(self, config: Config, precision: str, dropout_seed: int) -> None:
         """A model whose parameters are zero. The flat buffers and the views of them are made here and stay."""

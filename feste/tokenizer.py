@@ -151,7 +151,7 @@ class BPETokenizer:
 
     def __reduce__(self) -> tuple:
         """A copy, also by pickle or in another process, is made from the same parts; its tables are its own."""
-        return BPETokenizer, tuple(self._parts)
+        return BPETokenizer, tuple(self.parts)
 
     def __repr__(self) -> str:
         return f"BPETokenizer(vocab_size={self.vocab_size})"
@@ -262,10 +262,10 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """The tokenizer in the format of Hugging Face's `tokenizers`."""
-        return tokenizer_json.write(self._parts)
+        return tokenizer_json.write(self.parts)
 
     @property
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
         return Parts(self.tokens, self.merges, self.special_tokens)
 
     @classmethod
@@ -292,6 +292,16 @@ class BPETokenizer:
         return cls._made(parts, source)
 
     @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> BPETokenizer:
+        """The tokenizer of a directory: its tokenizer.json, or vocab.json with merges.txt."""
+        directory = Path(directory)
+        if (directory / "tokenizer.json").exists():
+            return cls.load(directory / "tokenizer.json")
+        if (directory / "vocab.json").exists():
+            return cls.load(directory / "vocab.json", directory / "merges.txt")
+        raise TokenizerError(f"{directory} has neither tokenizer.json nor vocab.json with merges.txt")
+
+    @classmethod
     def _made(cls, parts: Parts, source: str) -> BPETokenizer:
         try:
             return cls(*parts)
@@ -300,7 +310,7 @@ class BPETokenizer:
 
     def export_tiktoken(self, path: str | os.PathLike) -> None:
         """Write the ranks in tiktoken's format. Special tokens are not part of it."""
-        disk.write_text(Path(path), tiktoken_ranks.write(self._parts))
+        disk.write_text(Path(path), tiktoken_ranks.write(self.parts))
 
 
 class StreamDecoder:

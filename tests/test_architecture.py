@@ -24,7 +24,8 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-TOOLS = ("tools.monitor", "tools.repl", "tools.plot", "tools.compare", "tools.prepare", "tools.bench", "tools.doctor")
+TOOLS = ("tools.monitor", "tools.repl", "tools.plot", "tools.compare", "tools.prepare", "tools.bench", "tools.doctor",
+         "tools.export", "tools.import_model")
 
 
 def modules(folder: str) -> dict[str, Path]:

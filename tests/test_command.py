@@ -16,6 +16,8 @@ from tools import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = [name for name in COMMANDS if name not in ("train", "completion")]
+IN_CHECKOUT = {name: command.module.removeprefix("feste.").removesuffix(".__main__")
+               for name, command in COMMANDS.items()}
 WITH_KERNELS = [name for name in TOOLS if name not in ("monitor", "doctor")]
 
 
@@ -44,10 +46,10 @@ def test_every_command_helps(name, capsys):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_is_the_same_from_a_checkout(name):
-    one, other = run("-m", f"tools.{name}", "--help"), run("-m", "feste", name, "--help")
+    one, other = run("-m", IN_CHECKOUT[name], "--help"), run("-m", "feste", name, "--help")
     assert one.returncode == other.returncode == 0, one.stderr + other.stderr
     installed = other.stdout.replace(f"feste {name}", "")
-    assert one.stdout.replace(f"python -m tools.{name}", "").split() == installed.split()
+    assert one.stdout.replace(f"python -m {IN_CHECKOUT[name]}", "").split() == installed.split()
 
 
 def test_a_wrong_command_is_one_line(capsys):
@@ -81,7 +83,7 @@ def test_a_shell_completes(tmp_path):
 
 @pytest.mark.parametrize("words", [["examples/05_train_shakespeare_tiny.py"], ["examples/train.py"],
                                    *(["-m", "feste", name, "x"] for name in ["train", *WITH_KERNELS]),
-                                   *(["-m", f"tools.{name}", "x"] for name in WITH_KERNELS)],
+                                   *(["-m", IN_CHECKOUT[name], "x"] for name in WITH_KERNELS)],
                          ids=" ".join)
 def test_an_unknown_instruction_set_is_one_line(words):
     done = run(*words, FESTE_ISA="nonsense")

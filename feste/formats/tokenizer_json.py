@@ -61,9 +61,17 @@ def _refuse_unsupported(data: dict, model: dict, source: str) -> None:
             raise TokenizerError(f"{source} has a {part}, which feste does not apply")
     for part in ("decoder", "post_processor"):
         kind = data.get(part)
-        if kind is not None and not (isinstance(kind, dict) and kind.get("type") == "ByteLevel"):
+        if kind is not None and not (isinstance(kind, dict) and kind.get("type") == "ByteLevel") \
+                and not (part == "post_processor" and _adds_nothing(kind)):
             raise TokenizerError(f"{source} has the {part} {kind!r:.80}; feste reads ByteLevel")
     for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
                    "ignore_merges"):
         if model.get(option):
             raise TokenizerError(f"{source} sets model.{option}, which feste does not support")
+
+
+def _adds_nothing(template) -> bool:
+    """Whether a post-processor is a template that hands a text on as it is; transformers writes one."""
+    return (isinstance(template, dict) and template.get("type") == "TemplateProcessing"
+            and template.get("special_tokens") == {} and template.get("single") in (
+                [{"Sequence": {"id": "A", "type_id": 0}}], ["A"]))
