@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,9 @@ def run_worker(task: str, program: str = "feste", python: str = sys.executable, 
     is_peer = not program.startswith("feste")
     start = START.format(home=str(HOME), worker="peers.worker" if is_peer else "worker")
     command = [python if is_peer else sys.executable, "-c", start, task, json.dumps(arguments | {"program": program})]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # feste needs no BLAS; but NumPy's, with which results are checked, has threads that go on spinning for a while.
+    environment = os.environ if is_peer else os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(lines[-1])
