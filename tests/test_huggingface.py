@@ -227,6 +227,17 @@ def test_gguf_describes_the_model_and_its_tokenizer(tmp_path, trained):
     assert len(field["tokenizer.ggml.merges"]) == len(tokenizer.merges)
 
 
+def test_a_tokenizer_without_an_end_of_text_ends_at_no_token_of_a_text(tmp_path, trained):
+    pytest.importorskip("gguf")
+    path, model, _ = trained
+    tokenizer = BPETokenizer.train(TEXT, model.config.vocab_size)
+    Checkpoint.save(path, GPT2(replace(model.config, vocab_size=tokenizer.vocab_size)), tokenizer)
+    assert export.main([str(path), "-o", str(tmp_path / "out"), "--format", "gguf"]) == 0
+    reader, _ = read_gguf(tmp_path / "out")
+    end = reader.fields["tokenizer.ggml.eos_token_id"].contents()
+    assert tokenizer.decode_bytes([end]) == b"\xff"
+
+
 def test_gguf_that_cannot_be_written_is_one_line(tmp_path, trained, capsys, monkeypatch):
     tokenizer = trained[2]
     narrow = GPT2(Config(vocab_size=tokenizer.vocab_size, n_embd=16, n_layers=1, n_heads=1, block_size=8))

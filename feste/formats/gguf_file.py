@@ -87,6 +87,7 @@ def _add_tokenizer(writer, tokenizer: Parts, vocab_size: int, end_of_text: int |
     writer.add_token_types([*kinds, *(UNUSED for _ in unused)])
     writer.add_token_merges([f"{names[a]} {names[b]}" for a, b in tokenizer.merges.tolist()])
     writer.add_add_bos_token(False)
-    if end_of_text is not None:
-        writer.add_bos_token_id(end_of_text)
-        writer.add_eos_token_id(end_of_text)
+    # llama.cpp takes token 11 for the end of a text if it is not told. Without one we name a byte that no UTF-8 has.
+    end = tokenizer.tokens.index(b"\xff") if end_of_text is None else end_of_text
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
