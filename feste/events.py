@@ -45,7 +45,8 @@ class TensorBoard:
     def __call__(self, record: dict) -> None:
         step = record["step"]
         if self._writer is None:  # not before the run has its directory
-            self._writer = self._make(str(self._folder), purge_step=step)
+            # The library names a file by the second: two runs within one would write over each other.
+            self._writer = self._make(str(self._folder), purge_step=step, filename_suffix=f".{os.getpid()}.{step}")
         for name, value in figures(record).items():
             self._writer.add_scalar(name, value, step)
         if "sample" in record:

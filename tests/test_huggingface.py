@@ -244,7 +244,7 @@ def test_gguf_that_cannot_be_written_is_one_line(tmp_path, trained, capsys, monk
     Checkpoint.save(tmp_path / "narrow.bin", narrow, tokenizer)
     flags = ["--format", "gguf", "-o", str(tmp_path / "out")]
     assert export.main([str(tmp_path / "narrow.bin"), *flags, "--quantize", "q8_0"]) == 2
-    assert "n_embd is 16; use f16" in capsys.readouterr().err
+    assert "n_embd is 16; use f16" in capsys.readouterr().err and not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export.main([str(tmp_path / "narrow.bin"), *flags]) == 2
     assert "pip install gguf" in capsys.readouterr().err

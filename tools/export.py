@@ -35,6 +35,8 @@ def export(path: Path, output: Path, form: str, quantization: str) -> list[Path]
         raise FesteError(f"{checkpoint.path} holds no tokenizer, which the other program needs")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FesteError(f"{output} exists and is not an empty directory", "output")
+    if form == "gguf":
+        gguf_file.require(checkpoint.model.config, quantization)
     output.mkdir(parents=True, exist_ok=True)
     run = checkpoint.path.parent
     name = run.name if is_run(run) else checkpoint.path.stem

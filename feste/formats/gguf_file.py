@@ -29,9 +29,8 @@ TRUNK = {"transformer.wte.weight": "token_embd.weight", "transformer.wpe.weight"
          "lm_head.weight": "output.weight"}
 
 
-def write(path: Path, name: str, config: Config, params: Mapping[str, np.ndarray], tokenizer: Parts,
-          end_of_text: int | None, quantization: str = "f32") -> None:
-    """The model and its tokenizer in one file. FesteError if the `gguf` package is missing or the shapes do not fit."""
+def require(config: Config, quantization: str):
+    """The `gguf` package. FesteError if it is missing, or the shapes do not fit the quantization."""
     try:
         import gguf
     except ImportError as error:
@@ -40,6 +39,13 @@ def write(path: Path, name: str, config: Config, params: Mapping[str, np.ndarray
     if quantization == "q8_0" and config.n_embd % BLOCK:
         raise FesteError(f"q8_0 shares a scale among {BLOCK} elements, and n_embd is {config.n_embd}; use f16",
                          "quantize")
+    return gguf
+
+
+def write(path: Path, name: str, config: Config, params: Mapping[str, np.ndarray], tokenizer: Parts,
+          end_of_text: int | None, quantization: str = "f32") -> None:
+    """The model and its tokenizer in one file. FesteError as in `require`."""
+    gguf = require(config, quantization)
     kinds = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
              "q8_0": gguf.GGMLQuantizationType.Q8_0}
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
