@@ -3,7 +3,7 @@
     python examples/train.py --list-presets
     python examples/train.py --preset pocket-bard --data my.txt
     python examples/train.py --preset spider --n-heads 4 --steps 2000
-    python examples/train.py --preset small --checkpoint data/.../checkpoint_best.bin --data my.txt
+    python examples/train.py --preset small --from data/.../checkpoint_best.bin --data my.txt
 
 The last line fine-tunes: it starts a new run from the parameters and the tokenizer of a checkpoint.
 """

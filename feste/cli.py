@@ -30,6 +30,7 @@ from feste.data import split_tokens
 from feste.errors import FesteError
 from feste.evaluation import held_out_loss, perplexity
 from feste.events import LOGGERS, Listeners, require_loggers
+from feste.formats import huggingface
 from feste.model import GPT2
 from feste.params import ParameterTable
 from feste.plan import Plan
@@ -39,6 +40,7 @@ from feste.run.directory import find_checkpoint
 from feste.run.follow import read_info
 from feste.terminal import clean, duration
 from feste.text import ERRORS
+from feste.tokenizer import BPETokenizer
 from feste.trainer import Run, TrainingDiverged, TrainResult, train
 
 PROMPTS = ("To be, or not to be", "ROMEO:\n", "My lord, ")
@@ -63,7 +65,7 @@ examples:
   {0}                                        the tiny model on Shakespeare, some seconds
   {0} --preset small --data my.txt           another preset, a text of yours
   {0} --preset spider --n-heads 4 --steps 2000
-  {0} --checkpoint data/RUN --data my.txt    fine-tune: a new run from a model that was trained
+  {0} --from data/RUN --data my.txt          fine-tune: a new run from a model that was trained
   {0} --resume data/RUN                      go on with a run that was stopped
   {0} --preset gpt2 --dry-run                what it would take
 """
@@ -76,7 +78,8 @@ def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="the model and run to start from "
                         "(default: tiny)")
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
-    parser.add_argument("--checkpoint", metavar="PATH", help="fine-tune from a checkpoint or a run's best one")
+    parser.add_argument("--from", "--checkpoint", dest="checkpoint", metavar="PATH", help="fine-tune: begin with the "
+                        "model of a checkpoint, of a run (its best), or of a directory of transformers")
     add_flags(parser)
     return parser
 
@@ -243,7 +246,7 @@ def _fresh(preset: Preset, args: argparse.Namespace, source: Source):
 
 def _of_checkpoint(preset: Preset, args: argparse.Namespace, source: Source, info: dict):
     """Model, tokenizer, tokens and configuration of a run that begins with the parameters of a checkpoint."""
-    checkpoint = Checkpoint.load(find_checkpoint(args.checkpoint, prefer="best")[0], precision=args.precision)
+    checkpoint = _starting_point(Path(args.checkpoint), args.precision)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if tokenizer is None:
         raise FesteError(f"{checkpoint.path} holds no tokenizer, which fine-tuning needs")
@@ -254,6 +257,14 @@ def _of_checkpoint(preset: Preset, args: argparse.Namespace, source: Source, inf
     tokens, _ = source.load(tokenizer.vocab_size, tokenizer)
     info["parent"] = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.step}
     return model, tokenizer, tokens, config
+
+
+def _starting_point(path: Path, precision: str | None) -> Checkpoint:
+    """A checkpoint, of a run its best one, or the model of a directory of transformers."""
+    if huggingface.is_model(path):
+        return Checkpoint(GPT2.from_pretrained(path, precision or "fp32"), BPETokenizer.from_pretrained(path), None,
+                          path=path)
+    return Checkpoint.load(find_checkpoint(path, prefer="best")[0], precision=precision)
 
 
 def _train_config(preset: Preset, model: Config, args: argparse.Namespace) -> TrainConfig:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from feste import GPT2, BPETokenizer, Checkpoint, Config, FesteError
+from feste import GPT2, BPETokenizer, Checkpoint, Config, FesteError, cli
 from feste.formats import gguf_file
 from tools import export, import_model
 
@@ -146,6 +146,18 @@ def test_import_and_train_on(folder, tmp_path, capsys):
     assert checkpoint.tokenizer.to_json() == BPETokenizer.from_pretrained(folder).to_json()
     assert import_model.main([str(folder), "-o", str(made)]) == 2
     assert "choose another file with -o" in capsys.readouterr().err
+
+
+def test_fine_tuning_begins_with_it(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question. " * 20)
+    flags = ["--data", str(tmp_path / "text.txt"), "--steps", "3", "--learning-rate", "1e-3"]
+    assert cli.main(["--from", str(folder), *flags, "--run-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert f"from step 0 of {folder}" in said
+    checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint_final.bin")
+    assert checkpoint.model.config == GPT2.from_pretrained(ORACLE).config
+    assert 0 < np.abs(checkpoint.model.flat_params - GPT2.from_pretrained(ORACLE).flat_params).max() < 0.1
+    assert checkpoint.tokenizer.special_tokens == {"<|endoftext|>": 0}
 
 
 # ---- out ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ examples:
   {0} gpt2 -o gpt2.bin
 then:
   feste repl gpt2.bin
-  feste train --checkpoint gpt2.bin --data my.txt
+  feste train --from gpt2.bin --data my.txt
 """
 
 

@@ -87,6 +87,11 @@ def _integer(values: Mapping, name: str, source: str) -> int:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
+def is_model(path: Path) -> bool:
+    """Whether a path looks like a directory of transformers."""
+    return (path / CONFIG).is_file()
+
+
 def read_config(directory: str | os.PathLike) -> tuple[Config, list[Path]]:
     """The configuration of a directory, and the files of its tensors. ModelError if feste cannot compute it."""
     directory = Path(directory)
