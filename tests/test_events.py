@@ -1,6 +1,5 @@
 """What happens beside a run: figures for other programs, and the command that is told of its fate."""
 
-import csv
 import struct
 import sys
 import time
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from feste import cli, events, trainer
+from feste import cli, events, read_rows, trainer
 from feste.config import PRESETS
 
 TINY = ["--vocab-size", "300", "--n-embd", "16", "--n-layers", "1", "--block-size", "16", "--train-chars", "3000",
@@ -48,9 +47,8 @@ def scalars(folder) -> dict[tuple[str, int], float]:
 
 
 def logged(run_dir) -> dict[tuple[str, int], float]:
-    with open(run_dir / "training_log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {(name, int(row["step"])): float(row[name]) for row in rows for name in events.FIGURES if row[name]}
+    return {(name, row["step"]): row[name] for row in read_rows(run_dir) for name in events.FIGURES
+            if row.get(name) is not None}
 
 
 def test_tensorboard_reads_what_the_log_says(tmp_path):
