@@ -6,7 +6,6 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +16,12 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 import feste.tokenizer as module
-from feste import BPETokenizer, _bpe
+from feste import BPETokenizer, _bpe, shakespeare_text
 from feste.formats.vocabulary import visible
 from feste.tokenizer import BASE_BYTES, TokenizerError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END, LONGER = "<|endoftext|>", "<|endoftext|>>"
-CORPUS = Path(__file__).parent.parent / "data" / "shakespeare.txt"
 LANGUAGES = """
 Die Würde des Menschen ist unantastbar. Größe, Maß und Übung; 3,14 × 2 = 6,28 €.  Ça va? L'été, c'est déjà fini !
 Όλοι οι άνθρωποι γεννιούνται ελεύθεροι. Все люди рождаются свободными. כל בני האדם נולדו בני חורין. يولد جميع الناس
@@ -39,9 +37,7 @@ def varied_text() -> str:
 
 
 def corpus(size: int | None = None) -> str:
-    if not CORPUS.exists():
-        pytest.skip("the corpus is not here; an example fetches it")
-    return CORPUS.read_text(encoding="utf-8")[:size]
+    return shakespeare_text()[:size]
 
 
 @pytest.fixture(scope="module")
