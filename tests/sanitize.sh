@@ -23,7 +23,7 @@ else
     "$python" -m venv "$scratch/venv"
     python=$scratch/venv/bin/python
     "$python" -m pip install --quiet "setuptools>=77" "cython>=3.1" "numpy>=2.0" safetensors textual pytest \
-        pytest-asyncio hypothesis pexpect tokenizers tiktoken
+        pytest-asyncio hypothesis pexpect tokenizers tiktoken regex matplotlib shtab tensorboardX gguf
 fi
 
 cd "$scratch/feste"
