@@ -6,7 +6,6 @@ the build makes of the folder tools/; in a checkout that folder lies beside this
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ COMMANDS = {
     "export": Command("feste.tools.export", "write a model for transformers, llama.cpp, ollama"),
     "bench": Command("feste.tools.bench.__main__", "measure speed, beside PyTorch and others"),
     "doctor": Command("feste.tools.doctor", "what this machine can do and what it lacks; for bug reports"),
-    "completion": Command("feste.__main__", "print completions for bash, zsh or tcsh"),
+    "completion": Command("feste.tools.completion", "print completions for bash, zsh or tcsh"),
 }
 
 HELP = """\
@@ -77,51 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"feste {feste.__version__}")
         return 0
     name, *rest = words
-    if name == "completion":
-        return completion(rest)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(f"error: feste has no command {name!r}; " + (f"did you mean {near[0]}?" if near else
               f"it has {', '.join(COMMANDS)}"), file=sys.stderr)
         return 2
     return load(COMMANDS[name]).main(rest, f"feste {name}")
-
-
-# ---- completion --------------------------------------------------------------------------------------------
-
-COMPLETION = """
-bash:  eval "$(feste completion bash)"     in ~/.bashrc
-zsh:   feste completion zsh > _feste       in a folder of $fpath
-tcsh:  eval `feste completion tcsh`        in ~/.cshrc
-"""
-
-
-def completion(argv: Sequence[str]) -> int:
-    """Print the completions of all commands for a shell."""
-    parser = argparse.ArgumentParser(prog="feste completion", description="Print completions for a shell.",
-                                     epilog=COMPLETION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    shell = parser.parse_args(argv).shell
-    try:
-        import shtab
-    except ImportError:
-        print('error: completions need shtab; install it with: pip install "feste[completion]"', file=sys.stderr)
-        return 2
-    print(shtab.complete(whole_parser(), shell=shell))
-    return 0
-
-
-def whole_parser() -> argparse.ArgumentParser:
-    """All commands and their flags in one parser."""
-    whole = argparse.ArgumentParser(prog="feste")
-    words = whole.add_subparsers(dest="command")
-    for name, command in COMMANDS.items():
-        if name == "completion":
-            words.add_parser(name, help=command.summary).add_argument("shell", choices=("bash", "zsh", "tcsh"))
-        else:
-            own = load(command).make_parser(f"feste {name}")
-            words.add_parser(name, parents=[own], add_help=False, help=command.summary)
-    return whole
 
 
 if __name__ == "__main__":

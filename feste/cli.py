@@ -29,7 +29,7 @@ from feste.corpus import Source
 from feste.data import split_tokens
 from feste.errors import FesteError
 from feste.evaluation import held_out_loss, perplexity
-from feste.events import LOGGERS, Listeners, require_loggers
+from feste.events import MODULES, Listeners, require_loggers
 from feste.formats import huggingface
 from feste.model import GPT2
 from feste.params import ParameterTable
@@ -156,8 +156,8 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
                      "data/TEXT_PRESET_TIME, or the one that is resumed)")
     run.add_argument("--resume", metavar="PATH", type=Path,
                      help="continue the run of a directory or checkpoint, to the bit")
-    run.add_argument("--log-to", metavar="NAME", nargs="+", choices=list(LOGGERS), default=(),
-                     help=f"give the figures to others, too: {', '.join(LOGGERS)} (offline)")
+    run.add_argument("--log-to", metavar="NAME", nargs="+", choices=list(MODULES), default=(),
+                     help=f"give the figures to others, too: {', '.join(MODULES)} (offline)")
     run.add_argument("--on-event", metavar="CMD", help="a shell command for the end of the run, failure, NaN and a "
                      "stall: it finds FESTE_EVENT, FESTE_RUN, FESTE_STEP, FESTE_MESSAGE in its environment")
     run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")

@@ -12,18 +12,18 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 
 from feste.errors import FesteError
+from feste.run.names import COLUMNS
 from feste.trainer import TrainingDiverged
 
 Listener = Callable[[dict], None]
 
-FIGURES = ("learning_rate", "train_loss", "val_loss", "train_perplexity", "val_perplexity", "grad_norm",
-           "tokens_per_second", "elapsed_seconds")  # named as in training_log.csv
+FIGURES = [name for name in COLUMNS if name not in ("step", "timestamp", "sample")]
 STALL_FACTOR, STALL_SECONDS, FIRST_STEP_SECONDS = 20, 60.0, 900.0
 COMMAND_SECONDS = 60.0
 
@@ -76,11 +76,10 @@ class Tracker:
 
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-LOGGERS: Mapping[str, Callable[[Path, dict], Listener]] = {
-    "tensorboard": TensorBoard,
-    "wandb": lambda run_dir, settings: Tracker("wandb", run_dir, settings),
-    "trackio": lambda run_dir, settings: Tracker("trackio", run_dir, settings),
-}
+
+
+def make_logger(name: str, run_dir: Path, settings: dict) -> Listener:
+    return TensorBoard(run_dir, settings) if name == "tensorboard" else Tracker(MODULES[name], run_dir, settings)
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -171,7 +170,7 @@ class Listeners:
     def __init__(self, display: Listener, run_dir: Path, settings: dict, log_to: Sequence[str] = (),
                  on_event: str | None = None) -> None:
         self._display, self.state = display, None
-        self._loggers = [LOGGERS[name](run_dir, settings) for name in dict.fromkeys(log_to)]
+        self._loggers = [make_logger(name, run_dir, settings) for name in dict.fromkeys(log_to)]
         self._command = None if on_event is None else Command(on_event, run_dir)
         self._display_context = ExitStack()
 

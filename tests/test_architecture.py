@@ -25,7 +25,7 @@ FLOORS = (
     ("__main__",),
 )
 TOOLS = ("tools.monitor", "tools.repl", "tools.plot", "tools.compare", "tools.prepare", "tools.bench", "tools.doctor",
-         "tools.export", "tools.import_model")
+         "tools.export", "tools.import_model", "tools.completion")
 
 
 def modules(folder: str) -> dict[str, Path]:

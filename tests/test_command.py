@@ -14,10 +14,10 @@ from feste.__main__ import COMMANDS, main
 from tools import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = [name for name in COMMANDS if name not in ("train", "completion")]
+TOOLS = [name for name in COMMANDS if name != "train"]
 IN_CHECKOUT = {name: command.module.removeprefix("feste.").removesuffix(".__main__")
                for name, command in COMMANDS.items()}
-WITH_KERNELS = [name for name in TOOLS if name not in ("monitor", "doctor")]
+WITH_KERNELS = [name for name in TOOLS if name not in ("monitor", "doctor", "completion")]
 
 
 def run(*words: str, home: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
