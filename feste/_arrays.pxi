@@ -55,6 +55,7 @@ cdef void* array(Arrays* args, cnp.ndarray x, int dtype, Py_ssize_t rows, Py_ssi
     extent.end = extent.begin + cnp.PyArray_NBYTES(x)
     extent.name, extent.written, extent.in_place = name, written, NULL
     args.n += 1
+    keep_array(x)
     return cnp.PyArray_DATA(x)
 
 
@@ -119,9 +120,9 @@ cdef int check_overlap(const Arrays* args) except -1:
     return 0
 
 
-cdef void* scratch(size_t size) except NULL:
+cdef void* scratch(size_t size) except? NULL:
     """The calling thread's work space, of at least size bytes; what an earlier kernel left there is undefined."""
     cdef void* data = workspace(size)
-    if data == NULL:
+    if data == NULL and size > 0:
         raise MemoryError(f"no memory for a work space of {size} bytes")
     return data

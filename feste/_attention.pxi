@@ -200,24 +200,37 @@ cdef void attention_forward_head(float* out, float* lse, const float* qkv, float
             scale_row(o + i * h.C, inverse[i], h.D)
 
 
+cdef struct AttentionForward:
+    Heads heads
+    float* out
+    float* lse
+    const float* qkv
+
+
+cdef void attention_forward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const AttentionForward* k = <const AttentionForward*>call
+    cdef float* work = <float*>me.work + me.thread * forward_size(&k.heads)
+    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me)
+    while head < heads:
+        attention_forward_head(k.out, k.lse, k.qkv, work, &k.heads, head)
+        head = next_task(me)
+
+
 def attention_forward(cnp.ndarray out, cnp.ndarray lse, cnp.ndarray qkv, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H,
                       Py_ssize_t D, double p=0.0, uint64_t key=0):
     """out (B, T, C) from qkv (B, T, 3C), C = H * D, with dropout p of the weights.
 
     lse (B, H, T) keeps log(sum(exp(scores))), all that the backward pass needs to make the weights again.
     """
+    cdef AttentionForward k
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, B * T, H * D, "out")
-    cdef float* l = output(&args, lse, 1, B * H * T, "lse")
-    cdef const float* x = input(&args, qkv, B * T, 3 * H * D, "qkv")
-    cdef Heads h
-    describe_heads(&h, B, T, H, D, p, key)
+    k.out = output(&args, out, B * T, H * D, "out")
+    k.lse = output(&args, lse, 1, B * H * T, "lse")
+    k.qkv = input(&args, qkv, B * T, 3 * H * D, "qkv")
+    describe_heads(&k.heads, B, T, H, D, p, key)
     check_overlap(&args)
-    cdef Py_ssize_t size = forward_size(&h), head
-    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
-    for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
-        attention_forward_head(o, l, x, work + threadid() * size, &h, head)
+    run(attention_forward_body, &k, sizeof(k), n_threads * forward_size(&k.heads) * sizeof(float), B * H == 1)
 
 
 # ---- backward ----------------------------------------------------------------------------------------------
@@ -342,25 +355,40 @@ cdef void attention_backward_head(float* dqkv, const float* dout, const float* q
                                  queries_of_block(h, head, block))
 
 
+cdef struct AttentionBackward:
+    Heads heads
+    float* dqkv
+    const float* dout
+    const float* qkv
+    const float* out
+    const float* lse
+
+
+cdef void attention_backward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const AttentionBackward* k = <const AttentionBackward*>call
+    cdef float* work = <float*>me.work + me.thread * backward_size(&k.heads)
+    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me)
+    while head < heads:
+        attention_backward_head(k.dqkv, k.dout, k.qkv, k.out, k.lse, work, &k.heads, head)
+        head = next_task(me)
+
+
 def attention_backward(cnp.ndarray dqkv, cnp.ndarray dout, cnp.ndarray qkv, cnp.ndarray out, cnp.ndarray lse,
                        Py_ssize_t B, Py_ssize_t T, Py_ssize_t H, Py_ssize_t D, double p=0.0, uint64_t key=0):
     """dqkv (B, T, 3C) from dout (B, T, C), with qkv (B, T, 3C), out (B, T, C) and lse (B, H, T) of attention_forward, and
     the same p and key."""
     # scores = q @ k^T / sqrt(D), weights = softmax(scores), out = weights @ v   ->   dq, dk, dv
+    cdef AttentionBackward k
     cdef Arrays args
     args.n = 0
-    cdef float* g = output(&args, dqkv, B * T, 3 * H * D, "dqkv")
-    cdef const float* do = input(&args, dout, B * T, H * D, "dout")
-    cdef const float* x = input(&args, qkv, B * T, 3 * H * D, "qkv")
-    cdef const float* o = input(&args, out, B * T, H * D, "out")
-    cdef const float* l = input(&args, lse, 1, B * H * T, "lse")
-    cdef Heads h
-    describe_heads(&h, B, T, H, D, p, key)
+    k.dqkv = output(&args, dqkv, B * T, 3 * H * D, "dqkv")
+    k.dout = input(&args, dout, B * T, H * D, "dout")
+    k.qkv = input(&args, qkv, B * T, 3 * H * D, "qkv")
+    k.out = input(&args, out, B * T, H * D, "out")
+    k.lse = input(&args, lse, 1, B * H * T, "lse")
+    describe_heads(&k.heads, B, T, H, D, p, key)
     check_overlap(&args)
-    cdef Py_ssize_t size = backward_size(&h), head
-    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
-    for head in prange(B * H, nogil=True, schedule='dynamic', num_threads=n_threads):
-        attention_backward_head(g, do, x, o, l, work + threadid() * size, &h, head)
+    run(attention_backward_body, &k, sizeof(k), n_threads * backward_size(&k.heads) * sizeof(float), B * H == 1)
 
 
 # ---- one token at a time -----------------------------------------------------------------------------------
@@ -385,24 +413,45 @@ cdef void attention_decode_head(float* out, float* k_cache, float* v_cache, cons
     add_scaled_rows(out, scores, v_cache, D, n, D)
 
 
+cdef struct AttentionDecode:
+    float* out
+    float* k_cache
+    float* v_cache
+    const float* qkv
+    Py_ssize_t B, H, D, position, block_size
+
+
+cdef inline Py_ssize_t decode_size(Py_ssize_t block_size) noexcept nogil:
+    """Floats of a member's work space: a row of scores, in whole vectors."""
+    return ceil_div(block_size, VL) * VL
+
+
+cdef void attention_decode_body(const void* call, const Member* me) noexcept nogil:
+    cdef const AttentionDecode* k = <const AttentionDecode*>call
+    cdef float* work = <float*>me.work + me.thread * decode_size(k.block_size)
+    cdef Share heads = share(me, k.B * k.H)
+    cdef Py_ssize_t C = k.H * k.D, head, q, cached
+    for head in range(heads.begin, heads.end):
+        q = head // k.H * 3 * C + head % k.H * k.D
+        cached = head * k.block_size * k.D
+        attention_decode_head(k.out + head * k.D, k.k_cache + cached, k.v_cache + cached, k.qkv + q, k.qkv + q + C,
+                              k.qkv + q + 2 * C, work, k.D, k.position + 1)
+
+
 def attention_decode(cnp.ndarray out, cnp.ndarray k_cache, cnp.ndarray v_cache, cnp.ndarray qkv, Py_ssize_t B,
                      Py_ssize_t H, Py_ssize_t D, Py_ssize_t position, Py_ssize_t block_size):
     """out (B, C) from qkv (B, 3C) of one token a sequence: its k and v are stored at `position` of k_cache and v_cache
     (B, H, block_size, D), and its q attends to 0 .. position."""
+    cdef AttentionDecode k
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, B, H * D, "out")
-    cdef float* kc = output(&args, k_cache, B * H * block_size, D, "k_cache")
-    cdef float* vc = output(&args, v_cache, B * H * block_size, D, "v_cache")
-    cdef const float* x = input(&args, qkv, B, 3 * H * D, "qkv")
-    cdef Py_ssize_t C = H * D, size = ceil_div(block_size, VL) * VL, head, b, q
-    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
+    k.out = output(&args, out, B, H * D, "out")
+    k.k_cache = output(&args, k_cache, B * H * block_size, D, "k_cache")
+    k.v_cache = output(&args, v_cache, B * H * block_size, D, "v_cache")
+    k.qkv = input(&args, qkv, B, 3 * H * D, "qkv")
+    k.B, k.H, k.D, k.position, k.block_size = B, H, D, position, block_size
     if position < 0 or position >= block_size:
         raise ValueError(f"position must lie in 0 .. {block_size - 1}, got {position}")
     check_overlap(&args)
-    for head in prange(B * H, nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=B * C * position > SERIAL):
-        b = head // H
-        q = b * 3 * C + head % H * D
-        attention_decode_head(o + head * D, kc + head * block_size * D, vc + head * block_size * D, x + q, x + q + C,
-                              x + q + 2 * C, work + threadid() * size, D, position + 1)
+    run(attention_decode_body, &k, sizeof(k), n_threads * decode_size(block_size) * sizeof(float),
+        B * H * D * position <= SERIAL)

@@ -20,20 +20,38 @@ cdef float log_sum_exp(const float* x, Py_ssize_t n) noexcept nogil:
     return top + logf(vsum(total))
 
 
+cdef struct CrossEntropy:
+    float* losses            # of the forward pass
+    float* lse
+    float* dlogits           # of the backward pass
+    const float* logits
+    const int32_t* targets
+    float scale
+    Py_ssize_t rows, V
+
+
+cdef void cross_entropy_forward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const CrossEntropy* k = <const CrossEntropy*>call
+    cdef Share rows = share(me, k.rows)
+    cdef Py_ssize_t i
+    for i in range(rows.begin, rows.end):
+        k.lse[i] = log_sum_exp(k.logits + i * k.V, k.V)
+        k.losses[i] = k.lse[i] - k.logits[i * k.V + k.targets[i]]
+
+
 def cross_entropy_forward(cnp.ndarray losses, cnp.ndarray lse, cnp.ndarray logits, cnp.ndarray targets,
                           Py_ssize_t rows, Py_ssize_t V):
     """losses (rows) = lse - logits[target];  lse (rows) = log(sum(exp(logits (rows, V)))), kept for the backward pass."""
+    cdef CrossEntropy k
     cdef Arrays args
     args.n = 0
-    cdef float* loss = output(&args, losses, 1, rows, "losses")
-    cdef float* l = output(&args, lse, 1, rows, "lse")
-    cdef const float* x = input(&args, logits, rows, V, "logits")
-    cdef const int32_t* target = index(&args, targets, 1, rows, V, "targets")
-    cdef Py_ssize_t i
+    k.losses = output(&args, losses, 1, rows, "losses")
+    k.lse = output(&args, lse, 1, rows, "lse")
+    k.logits = input(&args, logits, rows, V, "logits")
+    k.targets = index(&args, targets, 1, rows, V, "targets")
+    k.rows, k.V = rows, V
     check_overlap(&args)
-    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
-        l[i] = log_sum_exp(x + i * V, V)
-        loss[i] = l[i] - x[i * V + target[i]]
+    run(cross_entropy_forward_body, &k, sizeof(k), 0, rows * V <= SERIAL)
 
 
 cdef void softmax_gradient_row(float* dlogits, const float* logits, float lse, float scale, Py_ssize_t target,
@@ -46,18 +64,26 @@ cdef void softmax_gradient_row(float* dlogits, const float* logits, float lse, f
     dlogits[target] -= scale
 
 
+cdef void cross_entropy_backward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const CrossEntropy* k = <const CrossEntropy*>call
+    cdef Share rows = share(me, k.rows)
+    cdef Py_ssize_t i
+    for i in range(rows.begin, rows.end):
+        softmax_gradient_row(k.dlogits + i * k.V, k.logits + i * k.V, k.lse[i], k.scale, k.targets[i], k.V)
+
+
 def cross_entropy_backward(cnp.ndarray dlogits, cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray lse,
                            float scale, Py_ssize_t rows, Py_ssize_t V):
     """dlogits (rows, V) = scale * (softmax(logits (rows, V)) - onehot(targets (rows))); dlogits may be logits itself."""
     # loss = lse - logits[target], d lse / d logits = softmax(logits)   ->   dlogits = softmax(logits) - onehot(target)
+    cdef CrossEntropy k
     cdef Arrays args
     args.n = 0
-    cdef float* g = output(&args, dlogits, rows, V, "dlogits")
-    cdef const float* x = input(&args, logits, rows, V, "logits")
-    cdef const int32_t* target = index(&args, targets, 1, rows, V, "targets")
-    cdef const float* l = input(&args, lse, 1, rows, "lse")
-    cdef Py_ssize_t i
+    k.dlogits = output(&args, dlogits, rows, V, "dlogits")
+    k.logits = input(&args, logits, rows, V, "logits")
+    k.targets = index(&args, targets, 1, rows, V, "targets")
+    k.lse = input(&args, lse, 1, rows, "lse")
+    k.scale, k.rows, k.V = scale, rows, V
     allow_in_place(&args, "dlogits", "logits")
     check_overlap(&args)
-    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * V > SERIAL):
-        softmax_gradient_row(g + i * V, x + i * V, l[i], scale, target[i], V)
+    run(cross_entropy_backward_body, &k, sizeof(k), 0, rows * V <= SERIAL)

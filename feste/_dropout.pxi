@@ -26,29 +26,40 @@ cdef int check_dropout(double p) except -1:
     return 0
 
 
-cdef void dropout(float* out, const float* x, const float* residual, double p, uint64_t key,
-                  Py_ssize_t n) noexcept nogil:
-    """out (n) = residual (n) + x (n) * mask; residual may be NULL, and out may be x or residual."""
-    cdef uint64_t threshold = dropout_threshold(p)
-    cdef float kept = <float>(1 / (1 - p))  # so that the expectation stays x
+cdef struct Dropout:
+    float* out
+    const float* x
+    const float* residual    # or NULL
+    double p
+    uint64_t key
+    Py_ssize_t n
+
+
+cdef void dropout_body(const void* call, const Member* me) noexcept nogil:
+    """out (n) = residual (n) + x (n) * mask; out may be x or residual."""
+    cdef const Dropout* k = <const Dropout*>call
+    cdef uint64_t threshold = dropout_threshold(k.p)
+    cdef float kept = <float>(1 / (1 - k.p))  # so that the expectation stays x
+    cdef Share elements = share(me, k.n)
     cdef Py_ssize_t i
-    for i in prange(n, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
-        out[i] = (residual[i] if residual != NULL else 0) + x[i] * dropout_factor(key, i, threshold, kept)
+    for i in range(elements.begin, elements.end):
+        k.out[i] = (k.residual[i] if k.residual != NULL else 0) + k.x[i] * dropout_factor(k.key, i, threshold, kept)
 
 
 def dropout_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray residual, double p, uint64_t key, Py_ssize_t n):
     """out (n) = residual (n) + x (n) * mask, 0 <= p < 1; residual may be None, and out may be x or residual itself."""
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, 1, n, "out")
-    cdef const float* px = input(&args, x, 1, n, "x")
-    cdef const float* r = optional(&args, residual, 1, n, "residual")
+    cdef Dropout k
+    k.out = output(&args, out, 1, n, "out")
+    k.x = input(&args, x, 1, n, "x")
+    k.residual = optional(&args, residual, 1, n, "residual")
+    k.p, k.key, k.n = p, key, n
     check_dropout(p)
     allow_in_place(&args, "out", "x")
     allow_in_place(&args, "out", "residual")
     check_overlap(&args)
-    with nogil:
-        dropout(o, px, r, p, key, n)
+    run(dropout_body, &k, sizeof(k), 0, n <= SERIAL)
 
 
 def dropout_backward(cnp.ndarray dx, cnp.ndarray dout, double p, uint64_t key, Py_ssize_t n):
@@ -56,10 +67,11 @@ def dropout_backward(cnp.ndarray dx, cnp.ndarray dout, double p, uint64_t key, P
     # out = residual + x * mask   ->   dx = dout * mask
     cdef Arrays args
     args.n = 0
-    cdef float* g = output(&args, dx, 1, n, "dx")
-    cdef const float* do = input(&args, dout, 1, n, "dout")
+    cdef Dropout k
+    k.out = output(&args, dx, 1, n, "dx")
+    k.x = input(&args, dout, 1, n, "dout")
+    k.residual, k.p, k.key, k.n = NULL, p, key, n
     check_dropout(p)
     allow_in_place(&args, "dx", "dout")
     check_overlap(&args)
-    with nogil:
-        dropout(g, do, NULL, p, key, n)
+    run(dropout_body, &k, sizeof(k), 0, n <= SERIAL)

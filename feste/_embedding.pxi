@@ -1,21 +1,37 @@
 # Embedding: a token's row of wte (V, C) plus its position's row of wpe (block_size, C).
 
+cdef struct EmbeddingForward:
+    float* out
+    const float* wte
+    const float* wpe
+    const int32_t* ids
+    Py_ssize_t B, T, C, position
+
+
+cdef void embedding_forward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const EmbeddingForward* k = <const EmbeddingForward*>call
+    cdef Share rows = share(me, k.B * k.T)
+    cdef Py_ssize_t i
+    for i in range(rows.begin, rows.end):
+        embedding_row(k.out + i * k.C, k.wte + k.ids[i] * k.C, k.wpe + (k.position + i % k.T) * k.C, k.C)
+
+
 def embedding_forward(cnp.ndarray out, cnp.ndarray ids, cnp.ndarray wte, cnp.ndarray wpe, Py_ssize_t B,
                       Py_ssize_t T, Py_ssize_t C, Py_ssize_t position=0):
     """out (B, T, C) = wte[ids] (V, C) + wpe[position + t] (block_size, C); ids (B, T) in 0 .. V - 1."""
     cdef Py_ssize_t V = rows_of(wte, C, "wte"), block_size = rows_of(wpe, C, "wpe")
+    cdef EmbeddingForward k
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, B * T, C, "out")
-    cdef const float* te = input(&args, wte, V, C, "wte")
-    cdef const float* pe = input(&args, wpe, block_size, C, "wpe")
-    cdef const int32_t* token = index(&args, ids, B, T, V, "ids")
-    cdef Py_ssize_t i
+    k.out = output(&args, out, B * T, C, "out")
+    k.wte = input(&args, wte, V, C, "wte")
+    k.wpe = input(&args, wpe, block_size, C, "wpe")
+    k.ids = index(&args, ids, B, T, V, "ids")
+    k.B, k.T, k.C, k.position = B, T, C, position
     if position < 0 or position + T > block_size:
         raise ValueError(f"positions {position} .. {position + T - 1} lie outside wpe's 0 .. {block_size - 1}")
     check_overlap(&args)
-    for i in prange(B * T, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=B * T * C > SERIAL):
-        embedding_row(o + i * C, te + token[i] * C, pe + (position + i % T) * C, C)
+    run(embedding_forward_body, &k, sizeof(k), 0, B * T * C <= SERIAL)
 
 
 cdef inline void embedding_row(float* out, const float* te, const float* pe, Py_ssize_t C) noexcept nogil:
@@ -26,33 +42,47 @@ cdef inline void embedding_row(float* out, const float* te, const float* pe, Py_
         put(out + j, part(te + j, C - j) + part(pe + j, C - j), C - j)
 
 
-def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp.ndarray ids, Py_ssize_t B,
-                       Py_ssize_t T, Py_ssize_t C):
-    """dwte[ids] (V, C) += dout (B, T, C), once for each occurrence of a token;  dwpe[t] (block_size, C) += dout.
+cdef struct EmbeddingBackward:
+    float* dwte
+    float* dwpe
+    const float* dout
+    const int32_t* ids
+    Py_ssize_t B, T, C
 
-    A token may stand anywhere in the batch, so that tasks which took tokens would need locks. A task takes VL channels of
-    all tokens instead, in their order: no two threads write one element, and the bits do not depend on their number.
+
+cdef void embedding_backward_body(const void* call, const Member* me) noexcept nogil:
+    """A token may stand anywhere in the batch, so that tasks which took tokens would need locks. A task takes VL channels
+    of all tokens instead, in their order: no two threads write one element, and the bits do not depend on their number.
     """
     # out[b, t] = wte[ids[b, t]] + wpe[t]   ->   dwte[ids[b, t]] += dout[b, t], dwpe[t] += dout[b, t]
-    cdef Py_ssize_t V = rows_of(dwte, C, "dwte"), block_size = rows_of(dwpe, C, "dwpe")
-    cdef Arrays args
-    args.n = 0
-    cdef float* te = output(&args, dwte, V, C, "dwte")
-    cdef float* pe = output(&args, dwpe, block_size, C, "dwpe")
-    cdef const float* do = input(&args, dout, B * T, C, "dout")
-    cdef const int32_t* token = index(&args, ids, B, T, V, "ids")
+    cdef const EmbeddingBackward* k = <const EmbeddingBackward*>call
+    cdef Share tasks = share(me, ceil_div(k.C, VL))
     cdef Py_ssize_t task, i, j
     cdef float* row
     cdef vf grad
+    for task in range(tasks.begin, tasks.end):
+        j = task * VL
+        for i in range(k.B * k.T):
+            grad = part(k.dout + i * k.C + j, k.C - j)
+            row = k.dwte + k.ids[i] * k.C + j
+            put(row, part(row, k.C - j) + grad, k.C - j)
+            row = k.dwpe + i % k.T * k.C + j
+            put(row, part(row, k.C - j) + grad, k.C - j)
+
+
+def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp.ndarray ids, Py_ssize_t B,
+                       Py_ssize_t T, Py_ssize_t C):
+    """dwte[ids] (V, C) += dout (B, T, C), once for each occurrence of a token;  dwpe[t] (block_size, C) += dout."""
+    cdef Py_ssize_t V = rows_of(dwte, C, "dwte"), block_size = rows_of(dwpe, C, "dwpe")
+    cdef EmbeddingBackward k
+    cdef Arrays args
+    args.n = 0
+    k.dwte = output(&args, dwte, V, C, "dwte")
+    k.dwpe = output(&args, dwpe, block_size, C, "dwpe")
+    k.dout = input(&args, dout, B * T, C, "dout")
+    k.ids = index(&args, ids, B, T, V, "ids")
+    k.B, k.T, k.C = B, T, C
     if T > block_size:
         raise ValueError(f"{T} positions do not fit the {block_size} rows of dwpe")
     check_overlap(&args)
-    for task in prange(ceil_div(C, VL), nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=B * T * C > SERIAL):
-        j = task * VL
-        for i in range(B * T):
-            grad = part(do + i * C + j, C - j)
-            row = te + token[i] * C + j
-            put(row, part(row, C - j) + grad, C - j)
-            row = pe + i % T * C + j
-            put(row, part(row, C - j) + grad, C - j)
+    run(embedding_backward_body, &k, sizeof(k), 0, B * T * C <= SERIAL)

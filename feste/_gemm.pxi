@@ -50,16 +50,16 @@ cdef inline Py_ssize_t panel_stride(const Gemm* g, Py_ssize_t k) noexcept nogil:
     return NR * lanes_of(g, k) + PAD
 
 
-cdef Py_ssize_t count_blocks(Py_ssize_t tiles, Py_ssize_t most) noexcept nogil:
+cdef Py_ssize_t count_blocks(Py_ssize_t tiles, Py_ssize_t most, int threads) noexcept nogil:
     """Into how many blocks of at most `most` strips (or panels) to divide a number of them.
 
     As many for every thread, and TASKS_PER_THREAD for each where that leaves MIN_TILES in a block: blocks of a round
     size would leave one of two threads with six of eleven.
     """
-    cdef Py_ssize_t wanted = max(ceil_div(tiles, most), min(TASKS_PER_THREAD * n_threads, ceil_div(tiles, MIN_TILES)))
-    if tiles < n_threads:
+    cdef Py_ssize_t wanted = max(ceil_div(tiles, most), min(TASKS_PER_THREAD * threads, ceil_div(tiles, MIN_TILES)))
+    if tiles < threads:
         return tiles
-    return min(tiles, ceil_div(wanted, n_threads) * n_threads)
+    return min(tiles, ceil_div(wanted, threads) * threads)
 
 
 cdef inline Py_ssize_t begin_of(Py_ssize_t part, Py_ssize_t parts, Py_ssize_t n, Py_ssize_t width) noexcept nogil:
@@ -151,37 +151,65 @@ cdef int run_gemm(const Gemm* g) except -1:
     if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
     if g.M >= g.N:
-        return gemm_by_rows(g)
-    return gemm_by_columns(g)
+        return run(gemm_by_rows, g, sizeof(Gemm),
+                   (shared_panels_size(g) + n_threads * own_strips_size(g)) * sizeof(float), False)
+    return run(gemm_by_columns, g, sizeof(Gemm),
+               (shared_strips_size(g) + n_threads * own_panels_size(g)) * sizeof(float), False)
 
 
-cdef int gemm_by_rows(const Gemm* g) except -1:
+cdef inline Py_ssize_t deepest(const Gemm* g) noexcept nogil:
+    """The most of K that a block of this product has."""
+    return min(g.K, depth_of(g))
+
+
+# Work space, in floats: what all threads pack for all comes first, and then what each packs for itself.
+
+cdef Py_ssize_t shared_panels_size(const Gemm* g) noexcept nogil:
+    return min(ceil_div(g.N, NR), NC // NR) * panel_stride(g, deepest(g))
+
+
+cdef Py_ssize_t own_strips_size(const Gemm* g) noexcept nogil:
+    return TASK_MC // MR * strip_stride(g, deepest(g))
+
+
+cdef Py_ssize_t shared_strips_size(const Gemm* g) noexcept nogil:
+    return min(ceil_div(g.M, MR), MC // MR) * strip_stride(g, deepest(g))
+
+
+cdef Py_ssize_t own_panels_size(const Gemm* g) noexcept nogil:
+    return TASK_NC // NR * panel_stride(g, deepest(g))
+
+
+cdef void gemm_by_rows(const void* call, const Member* me) noexcept nogil:
     """All threads pack b for all; a task takes some rows of a, which it packs for itself where they need it.
 
     Where there are too few rows for all threads, the tasks of a block of rows share out its columns.
     """
-    cdef Py_ssize_t deepest = min(g.K, depth_of(g)), task, jb = 0, pb = 0, groups = 0
-    cdef Py_ssize_t panels_size = min(ceil_div(g.N, NR), NC // NR) * panel_stride(g, deepest)
-    cdef Py_ssize_t strips_size = TASK_MC // MR * strip_stride(g, deepest)
-    cdef float* panels = <float*>scratch((panels_size + n_threads * strips_size) * sizeof(float))
-    cdef float* strips = panels + panels_size
-    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), TASK_MC // MR)
-    cdef Py_ssize_t column_blocks = 1
-    cdef Block all  # of this turn of jc and pc; each thread has its own
-    if row_blocks < 2 * n_threads:
-        column_blocks = ceil_div(TASKS_PER_THREAD * n_threads, row_blocks)
-    with nogil, parallel(num_threads=n_threads):
-        for jb in range(ceil_div(g.N, NC)):
-            for pb in range(ceil_div(g.K, depth_of(g))):
-                all = Block(ic=0, mc=g.M, jc=jb * NC, nc=min(g.N - jb * NC, NC), pc=pb * depth_of(g),
-                            kc=min(g.K - pb * depth_of(g), depth_of(g)))
-                groups = count_blocks(ceil_div(all.nc, NR), TASK_NC // NR)
-                for task in prange(groups, schedule='static'):  # ends when all threads have packed
-                    pack_shared_panels(g, panels, all, task, groups)
-                for task in prange(row_blocks * column_blocks, schedule='dynamic'):
-                    multiply_rows(g, strips + threadid() * strips_size, panels, all,
-                                  cut_rows(all, task // column_blocks, row_blocks), task % column_blocks, column_blocks)
-    return 0
+    cdef const Gemm* g = <const Gemm*>call
+    cdef float* panels = <float*>me.work
+    cdef float* strips = panels + shared_panels_size(g) + me.thread * own_strips_size(g)
+    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), TASK_MC // MR, me.size), column_blocks = 1
+    cdef Py_ssize_t jb, pb, groups, task
+    cdef Share mine
+    cdef Block all  # of this turn of jc and pc
+    if row_blocks < 2 * me.size:
+        column_blocks = ceil_div(TASKS_PER_THREAD * me.size, row_blocks)
+    for jb in range(ceil_div(g.N, NC)):
+        for pb in range(ceil_div(g.K, depth_of(g))):
+            if jb > 0 or pb > 0:
+                barrier(me)  # the panels are in use up to here
+            all = Block(ic=0, mc=g.M, jc=jb * NC, nc=min(g.N - jb * NC, NC), pc=pb * depth_of(g),
+                        kc=min(g.K - pb * depth_of(g), depth_of(g)))
+            groups = count_blocks(ceil_div(all.nc, NR), TASK_NC // NR, me.size)
+            mine = share(me, groups)
+            for task in range(mine.begin, mine.end):
+                pack_shared_panels(g, panels, all, task, groups)
+            barrier(me)
+            task = next_task(me)
+            while task < row_blocks * column_blocks:
+                multiply_rows(g, strips, panels, all, cut_rows(all, task // column_blocks, row_blocks),
+                              task % column_blocks, column_blocks)
+                task = next_task(me)
 
 
 cdef void pack_shared_panels(const Gemm* g, float* panels, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
@@ -200,27 +228,30 @@ cdef void multiply_rows(const Gemm* g, float* strips, float* panels, Block all, 
         multiply(g, strips, Panels(data=panels + (at.jc - all.jc) // NR * ps, ps=ps), at)
 
 
-cdef int gemm_by_columns(const Gemm* g) except -1:
+cdef void gemm_by_columns(const void* call, const Member* me) noexcept nogil:
     """All threads pack what of a needs packing for all; a task takes some columns of b, which it packs for itself."""
-    cdef Py_ssize_t deepest = min(g.K, depth_of(g)), task, ib = 0, pb = 0, groups = 0
-    cdef Py_ssize_t strips_size = min(ceil_div(g.M, MR), MC // MR) * strip_stride(g, deepest)
-    cdef Py_ssize_t panels_size = TASK_NC // NR * panel_stride(g, deepest)
-    cdef float* strips = <float*>scratch((strips_size + n_threads * panels_size) * sizeof(float))
-    cdef float* panels = strips + strips_size
-    cdef Py_ssize_t column_blocks = count_blocks(ceil_div(g.N, NR), TASK_NC // NR)
-    cdef Block all  # of this turn of ic and pc; each thread has its own
-    with nogil, parallel(num_threads=n_threads):
-        for ib in range(ceil_div(g.M, MC)):
-            for pb in range(ceil_div(g.K, depth_of(g))):
-                all = Block(ic=ib * MC, mc=min(g.M - ib * MC, MC), jc=0, nc=g.N, pc=pb * depth_of(g),
-                            kc=min(g.K - pb * depth_of(g), depth_of(g)))
-                groups = count_blocks(ceil_div(all.mc, MR), TASK_MC // MR)
-                for task in prange(groups, schedule='static'):  # ends when all threads have packed
-                    pack_shared_strips(g, strips, all, task, groups)
-                for task in prange(column_blocks, schedule='dynamic'):
-                    multiply_columns(g, strips, panels + threadid() * panels_size,
-                                     cut_columns(all, task, column_blocks))
-    return 0
+    cdef const Gemm* g = <const Gemm*>call
+    cdef float* strips = <float*>me.work
+    cdef float* panels = strips + shared_strips_size(g) + me.thread * own_panels_size(g)
+    cdef Py_ssize_t column_blocks = count_blocks(ceil_div(g.N, NR), TASK_NC // NR, me.size)
+    cdef Py_ssize_t ib, pb, groups, task
+    cdef Share mine
+    cdef Block all  # of this turn of ic and pc
+    for ib in range(ceil_div(g.M, MC)):
+        for pb in range(ceil_div(g.K, depth_of(g))):
+            if ib > 0 or pb > 0:
+                barrier(me)  # the strips are in use up to here
+            all = Block(ic=ib * MC, mc=min(g.M - ib * MC, MC), jc=0, nc=g.N, pc=pb * depth_of(g),
+                        kc=min(g.K - pb * depth_of(g), depth_of(g)))
+            groups = count_blocks(ceil_div(all.mc, MR), TASK_MC // MR, me.size)
+            mine = share(me, groups)
+            for task in range(mine.begin, mine.end):
+                pack_shared_strips(g, strips, all, task, groups)
+            barrier(me)
+            task = next_task(me)
+            while task < column_blocks:
+                multiply_columns(g, strips, panels, cut_columns(all, task, column_blocks))
+                task = next_task(me)
 
 
 cdef void pack_shared_strips(const Gemm* g, float* strips, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:

@@ -36,21 +36,39 @@ cdef void layernorm_row(float* out, float* mean, float* rstd, const float* x, co
         put(out + j, vfma((part(x + j, C - j) - mu) * scale, part(weight + j, C - j), part(bias + j, C - j)), C - j)
 
 
+cdef struct LayernormForward:
+    float* out
+    float* mean
+    float* rstd
+    const float* x
+    const float* weight
+    const float* bias
+    Py_ssize_t rows, C
+
+
+cdef void layernorm_forward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const LayernormForward* k = <const LayernormForward*>call
+    cdef Share rows = share(me, k.rows)
+    cdef Py_ssize_t i
+    for i in range(rows.begin, rows.end):
+        layernorm_row(k.out + i * k.C, k.mean + i, k.rstd + i, k.x + i * k.C, k.weight, k.bias, k.C)
+
+
 def layernorm_forward(cnp.ndarray out, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray x, cnp.ndarray weight,
                       cnp.ndarray bias, Py_ssize_t rows, Py_ssize_t C):
     """out (rows, C) = (x (rows, C) - mean) * rstd * weight (C) + bias (C); keeps mean (rows) and rstd (rows)."""
+    cdef LayernormForward k
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, rows, C, "out")
-    cdef float* mu = output(&args, mean, 1, rows, "mean")
-    cdef float* rs = output(&args, rstd, 1, rows, "rstd")
-    cdef const float* px = input(&args, x, rows, C, "x")
-    cdef const float* w = input(&args, weight, 1, C, "weight")
-    cdef const float* b = input(&args, bias, 1, C, "bias")
-    cdef Py_ssize_t i
+    k.out = output(&args, out, rows, C, "out")
+    k.mean = output(&args, mean, 1, rows, "mean")
+    k.rstd = output(&args, rstd, 1, rows, "rstd")
+    k.x = input(&args, x, rows, C, "x")
+    k.weight = input(&args, weight, 1, C, "weight")
+    k.bias = input(&args, bias, 1, C, "bias")
+    k.rows, k.C = rows, C
     check_overlap(&args)
-    for i in prange(rows, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=rows * C > SERIAL):
-        layernorm_row(o + i * C, mu + i, rs + i, px + i * C, w, b, C)
+    run(layernorm_forward_body, &k, sizeof(k), 0, rows * C <= SERIAL)
 
 
 cdef void layernorm_backward_row(float* dx, float* dweight, float* dbias, const float* dout, const float* x,
@@ -86,6 +104,42 @@ cdef void layernorm_backward_row(float* dx, float* dweight, float* dbias, const 
         put(dx + j, dxhat, C - j)
 
 
+cdef struct LayernormBackward:
+    float* dx
+    float* dweight
+    float* dbias
+    const float* dout
+    const float* x
+    const float* weight
+    const float* mean
+    const float* rstd
+    const float* dresidual   # or NULL
+    Py_ssize_t rows, C
+
+
+cdef void layernorm_backward_body(const void* call, const Member* me) noexcept nogil:
+    """Sums of ROW_TILE rows first, and then those of the tiles in their order, so that the bits do not depend on the
+    threads; the work space is (tiles, 2, C), dweight and dbias of each tile."""
+    cdef const LayernormBackward* k = <const LayernormBackward*>call
+    cdef Py_ssize_t tiles = ceil_div(k.rows, ROW_TILE), tile, i, j, C = k.C
+    cdef Share mine = share(me, tiles)
+    cdef float* sums = <float*>me.work
+    cdef float* own
+    for tile in range(mine.begin, mine.end):
+        own = sums + tile * 2 * C
+        memset(own, 0, 2 * C * sizeof(float))
+        for i in range(tile * ROW_TILE, min(k.rows, (tile + 1) * ROW_TILE)):
+            layernorm_backward_row(k.dx + i * C, own, own + C, k.dout + i * C, k.x + i * C, k.weight, k.mean[i], k.rstd[i],
+                                   k.dresidual + i * C if k.dresidual != NULL else NULL, C)
+    barrier(me)
+    mine = share(me, C)
+    for tile in range(tiles):
+        own = sums + tile * 2 * C
+        for j in range(mine.begin, mine.end):
+            k.dweight[j] += own[j]
+            k.dbias[j] += own[C + j]
+
+
 def layernorm_backward(cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray dout, cnp.ndarray x,
                        cnp.ndarray weight, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray dresidual,
                        Py_ssize_t rows, Py_ssize_t C):
@@ -94,31 +148,19 @@ def layernorm_backward(cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, c
     dresidual may be None, and may be dx itself.
     """
     # out = (x - mean) * rstd * weight + bias   ->   dx, dweight += sum(dout * xhat), dbias += sum(dout), over the rows
+    cdef LayernormBackward k
     cdef Arrays args
     args.n = 0
-    cdef float* gx = output(&args, dx, rows, C, "dx")
-    cdef float* gw = output(&args, dweight, 1, C, "dweight")
-    cdef float* gb = output(&args, dbias, 1, C, "dbias")
-    cdef const float* do = input(&args, dout, rows, C, "dout")
-    cdef const float* px = input(&args, x, rows, C, "x")
-    cdef const float* w = input(&args, weight, 1, C, "weight")
-    cdef const float* mu = input(&args, mean, 1, rows, "mean")
-    cdef const float* rs = input(&args, rstd, 1, rows, "rstd")
-    cdef const float* gr = optional(&args, dresidual, rows, C, "dresidual")
+    k.dx = output(&args, dx, rows, C, "dx")
+    k.dweight = output(&args, dweight, 1, C, "dweight")
+    k.dbias = output(&args, dbias, 1, C, "dbias")
+    k.dout = input(&args, dout, rows, C, "dout")
+    k.x = input(&args, x, rows, C, "x")
+    k.weight = input(&args, weight, 1, C, "weight")
+    k.mean = input(&args, mean, 1, rows, "mean")
+    k.rstd = input(&args, rstd, 1, rows, "rstd")
+    k.dresidual = optional(&args, dresidual, rows, C, "dresidual")
+    k.rows, k.C = rows, C
     allow_in_place(&args, "dx", "dresidual")
     check_overlap(&args)
-    cdef Py_ssize_t tiles = ceil_div(rows, ROW_TILE), tile, i, j
-    cdef float* sums = <float*>scratch(tiles * 2 * C * sizeof(float))  # (tiles, 2, C): dweight and dbias of each tile
-    cdef float* own
-    for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads):
-        own = sums + tile * 2 * C
-        memset(own, 0, 2 * C * sizeof(float))
-        for i in range(tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE)):
-            layernorm_backward_row(gx + i * C, own, own + C, do + i * C, px + i * C, w, mu[i], rs[i],
-                                   gr + i * C if gr != NULL else NULL, C)
-    with nogil:
-        for tile in range(tiles):  # in their order, so that the bits do not depend on the threads
-            own = sums + tile * 2 * C
-            for j in range(C):
-                gw[j] += own[j]
-                gb[j] += own[C + j]
+    run(layernorm_backward_body, &k, sizeof(k), ceil_div(rows, ROW_TILE) * 2 * C * sizeof(float), rows * C <= SERIAL)

@@ -2,36 +2,40 @@
 
 cdef int row_product(const Gemm* g) except -1:
     """M = 1, a token at a time in generation: the speed is that of reading b once, in the order in which it lies."""
+    cdef bint alone = g.K * g.N <= SERIAL_WEIGHT
     if g.b.rs == 1:
-        return row_product_by_columns(g)
-    return row_product_by_rows(g)
+        return run(row_product_by_columns, g, sizeof(Gemm), 0, alone)
+    return run(row_product_by_rows, g, sizeof(Gemm), ceil_div(g.K, ROW_PRODUCT_K) * g.N * sizeof(float), alone)
 
 
-cdef int row_product_by_columns(const Gemm* g) except -1:
+cdef void row_product_by_columns(const void* call, const Member* me) noexcept nogil:
     """Columns of b are contiguous (tied weights, wte (V, C), read as the head): each element of c is a dot product."""
+    cdef const Gemm* g = <const Gemm*>call
+    cdef Share tasks = share(me, ceil_div(g.N, ROW_PRODUCT_K))
     cdef Py_ssize_t task, j, first, last
-    for task in prange(ceil_div(g.N, ROW_PRODUCT_K), nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=g.K * g.N > SERIAL_WEIGHT):
+    for task in range(tasks.begin, tasks.end):
         first, last = task * ROW_PRODUCT_K, min(g.N, (task + 1) * ROW_PRODUCT_K)
         for j in range(first, last):
             g.out.c[j] = ((g.out.start[j] if g.out.start != NULL else 0)
                           + (g.out.bias[j] if g.out.bias != NULL else 0))
         add_dot_rows(g.out.c + first, g.a.data, g.b.data + first * g.b.cs, last - first, g.K)
-    return 0
 
 
-cdef int row_product_by_rows(const Gemm* g) except -1:
+cdef void row_product_by_rows(const void* call, const Member* me) noexcept nogil:
     """Rows of b are contiguous: a task adds up ROW_PRODUCT_K of them, and the tasks' sums are added in their order, so
     that the bits do not depend on the threads."""
+    cdef const Gemm* g = <const Gemm*>call
     cdef Py_ssize_t tiles = ceil_div(g.K, ROW_PRODUCT_K), tile, j, jb, k
-    cdef float* sums = <float*>scratch(tiles * g.N * sizeof(float))  # (tiles, N)
+    cdef float* sums = <float*>me.work  # (tiles, N)
+    cdef Share mine = share(me, tiles)
     cdef vf acc
-    for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=g.K * g.N > SERIAL_WEIGHT):
+    for tile in range(mine.begin, mine.end):
         memset(sums + tile * g.N, 0, g.N * sizeof(float))
         k = tile * ROW_PRODUCT_K
         add_scaled_rows(sums + tile * g.N, g.a.data + k, g.b.data + k * g.N, g.N, min(ROW_PRODUCT_K, g.K - k), g.N)
-    for jb in range(ceil_div(g.N, VL)):
+    barrier(me)
+    mine = share(me, ceil_div(g.N, VL))
+    for jb in range(mine.begin, mine.end):
         j = jb * VL
         acc = part(g.out.start + j, g.N - j) if g.out.start != NULL else vset(0)
         if g.out.bias != NULL:
@@ -39,7 +43,6 @@ cdef int row_product_by_rows(const Gemm* g) except -1:
         for tile in range(tiles):
             acc = acc + part(sums + tile * g.N + j, g.N - j)
         put(g.out.c + j, acc, g.N - j)
-    return 0
 
 
 def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, cnp.ndarray residual,

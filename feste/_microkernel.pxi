@@ -146,25 +146,38 @@ cdef void macro_kernel(Output out, Strips a, Panels b, Py_ssize_t m, Py_ssize_t 
                 close_edge(inside, stack, min(m - i, MR), min(n - j, NR))
 
 
+cdef struct PeakFlops:
+    Py_ssize_t iterations
+    bint bf16
+
+
+cdef void peak_flops_body(const void* call, const Member* me) noexcept nogil:
+    cdef const PeakFlops* k = <const PeakFlops*>call
+    cdef float* a = <float*>me.work + me.thread * PEAK_SIZE
+    cdef float* b = a + PAIR_WORDS * MR * PEAK_DEPTH
+    cdef float* c = b + NR * PEAK_DEPTH
+    cdef Output out = Output(c=c, start=c, bias=NULL, ld=NR)
+    cdef Strips strip = Strips(data=a, ps=0, rs=1, cs=MR)
+    cdef Py_ssize_t i
+    memset(a, 0, PEAK_SIZE * sizeof(float))
+    for i in range(k.iterations):
+        if k.bf16:
+            micro_kernel_bf16(out, strip, b, PEAK_DEPTH)
+        else:
+            micro_kernel(out, strip, b, PEAK_DEPTH)
+
+
+cdef enum:
+    PEAK_DEPTH = 64  # that of a head in attention: a (MR, 64), b (64, NR) and c fit in L1
+    PEAK_SIZE = (PAIR_WORDS * MR + NR) * PEAK_DEPTH + MR * NR
+
+
 def peak_flops(Py_ssize_t iterations, bint bf16=False):
     """Run the register tile on data in L1 in every thread; returns the number of operations made.
 
     Timed from outside, it is the rate that no matrix product on this machine can pass by more than the few percent that
-    deeper panels bring: its depth of 64 is that of a head in attention, so that a (MR, 64), b (64, NR) and c fit in L1.
+    deeper panels bring.
     """
-    cdef Py_ssize_t depth = 64, size = (PAIR_WORDS * MR + NR) * depth + MR * NR, thread, i
-    cdef float* work = <float*>scratch(n_threads * size * sizeof(float))
-    cdef float* a
-    cdef float* b
-    cdef float* c
-    memset(work, 0, n_threads * size * sizeof(float))
-    for thread in prange(n_threads, nogil=True, schedule='static', num_threads=n_threads, chunksize=1):
-        a = work + thread * size
-        b = a + PAIR_WORDS * MR * depth
-        c = b + NR * depth
-        for i in range(iterations):
-            if bf16:
-                micro_kernel_bf16(Output(c=c, start=c, bias=NULL, ld=NR), Strips(data=a, ps=0, rs=1, cs=MR), b, depth)
-            else:
-                micro_kernel(Output(c=c, start=c, bias=NULL, ld=NR), Strips(data=a, ps=0, rs=1, cs=MR), b, depth)
-    return 2.0 * (2 if bf16 else 1) * MR * NR * depth * iterations * n_threads
+    cdef PeakFlops k = PeakFlops(iterations=iterations, bf16=bf16)
+    run(peak_flops_body, &k, sizeof(k), n_threads * PEAK_SIZE * sizeof(float), False)
+    return 2.0 * (2 if bf16 else 1) * MR * NR * PEAK_DEPTH * iterations * n_threads

@@ -15,6 +15,7 @@ Design:
   additions depends on the cut. So any number of threads gives the same bits.
 - Loops run over vectors of VL floats (see _simd.h); the end of a row is read and written in part.
 - The GIL is released while a kernel runs. Work space is taken before the threads start.
+- A kernel is its checks and a body that each member of a team runs; it can be executed at once or recorded (_team.pxi).
 - One module for each instruction set, compiled from this file with the `.pxi` files it includes, each of which holds one
   idea. They are no modules of their own: the micro-kernel must be inlined where it is called, and a kernel called from
   Python without a second lookup.
@@ -24,11 +25,13 @@ Shapes: B sequences, T tokens each, C channels, H heads of D = C / H channels, V
 
 cimport cython
 cimport numpy as cnp
-from cython.parallel cimport parallel, prange, threadid
+from cpython.exc cimport PyErr_CheckSignals
+from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY, logf, sqrt, sqrtf
 from libc.stdint cimport int32_t, uint64_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset, strcmp
-from openmp cimport omp_get_max_threads
+from openmp cimport omp_get_max_threads, omp_get_num_threads, omp_get_wtime
 
 cdef extern from "_blocks.h" nogil:
     enum:  # each with its reason, and its value for every instruction set, in that file
@@ -65,6 +68,19 @@ cdef extern from "_simd.h" nogil:
     void transpose_tile(int32_t* out, Py_ssize_t ldo, const int32_t* x, Py_ssize_t ldi)
     void* workspace(size_t size)
 
+cdef extern from "_team.h" nogil:
+    ctypedef struct team_t:
+        pass
+    void team_open(team_t* team)
+    void team_close(team_t* team)
+    void team_barrier(team_t* team, int size)
+    void begin_tasks(team_t* team)
+    Py_ssize_t take_task(team_t* team)
+    void end_after(team_t* team, Py_ssize_t call)
+    bint ends_after(team_t* team, Py_ssize_t call)
+    void* recording()
+    void set_recording(void* recording)
+
 cnp.import_array()
 
 cdef enum:
@@ -87,6 +103,7 @@ def get_num_threads():
 
 
 # What the kernels share
+include "_team.pxi"           # the threads that run a kernel, now or later
 include "_arrays.pxi"         # the arguments of a kernel, checked
 include "_vectors.pxi"        # rows of any length
 

@@ -1,17 +1,33 @@
 # The optimizer: the norm of a gradient, and AdamW in one pass over the four flat buffers.
 
+cdef struct SumOfSquares:
+    double* partial          # of each tile of SUM_TILE elements
+    const float* x
+    Py_ssize_t n
+
+
+cdef void sum_of_squares_body(const void* call, const Member* me) noexcept nogil:
+    cdef const SumOfSquares* k = <const SumOfSquares*>call
+    cdef Share tiles = share(me, ceil_div(k.n, SUM_TILE))
+    cdef Py_ssize_t tile
+    for tile in range(tiles.begin, tiles.end):
+        k.partial[tile] = tile_of_squares(k.x + tile * SUM_TILE, min(SUM_TILE, k.n - tile * SUM_TILE))
+
+
 def sum_of_squares(cnp.ndarray x, Py_ssize_t n):
     """The sum of x (n) squared, in float64: the square of its norm."""
+    cdef SumOfSquares k
     cdef Arrays args
     args.n = 0
-    cdef const float* px = input(&args, x, 1, n, "x")
     cdef Py_ssize_t tiles = ceil_div(n, SUM_TILE), tile
-    cdef double* partial = <double*>scratch(tiles * sizeof(double))
     cdef double total = 0
-    for tile in prange(tiles, nogil=True, schedule='static', num_threads=n_threads, use_threads_if=n > SERIAL):
-        partial[tile] = tile_of_squares(px + tile * SUM_TILE, min(SUM_TILE, n - tile * SUM_TILE))
+    k.x, k.n = input(&args, x, 1, n, "x"), n
+    if recording() != NULL:
+        raise RuntimeError("sum_of_squares returns a number, so it cannot be recorded")
+    k.partial = <double*>scratch(tiles * sizeof(double))
+    run(sum_of_squares_body, &k, sizeof(k), 0, n <= SERIAL)
     for tile in range(tiles):  # in their order, so that the bits do not depend on the threads
-        total += partial[tile]
+        total += k.partial[tile]
     return total
 
 
@@ -29,6 +45,40 @@ cdef double tile_of_squares(const float* x, Py_ssize_t n) noexcept nogil:
     return vsum(acc0 + acc1)
 
 
+cdef struct AdamW:
+    float* param
+    float* m
+    float* v
+    float* grad
+    double learning_rate, beta1, beta2, eps, weight_decay, grad_scale
+    Py_ssize_t t, n
+    bint zero_grad
+
+
+cdef void adamw_body(const void* call, const Member* me) noexcept nogil:
+    cdef const AdamW* k = <const AdamW*>call
+    cdef vf b1 = vset(<float>k.beta1), b2 = vset(<float>k.beta2)
+    cdef vf c1 = vset(<float>(1 - k.beta1)), c2 = vset(<float>(1 - k.beta2))
+    # The moments start at zero, so after t updates they are too small by a factor of 1 - beta^t.
+    cdef vf correct1 = vset(<float>(1 / (1 - k.beta1 ** k.t))), correct2 = vset(<float>(1 / (1 - k.beta2 ** k.t)))
+    cdef vf keep = vset(<float>(1 - k.learning_rate * k.weight_decay)), rate = vset(<float>k.learning_rate)
+    cdef vf scale = vset(<float>k.grad_scale), small = vset(<float>k.eps), gi, mi, vi_
+    cdef Share vectors = share(me, ceil_div(k.n, VL))
+    cdef Py_ssize_t task, i, n
+    for task in range(vectors.begin, vectors.end):
+        i = task * VL
+        n = k.n - i
+        gi = part(k.grad + i, n) * scale
+        mi = vfma(b1, part(k.m + i, n), c1 * gi)        # m = beta1 m + (1 - beta1) g
+        vi_ = vfma(b2, part(k.v + i, n), c2 * gi * gi)  # v = beta2 v + (1 - beta2) g^2
+        put(k.m + i, mi, n)
+        put(k.v + i, vi_, n)
+        # param = (1 - rate * decay) param - rate * m_hat / (sqrt(v_hat) + eps)
+        put(k.param + i, keep * part(k.param + i, n) - rate * (mi * correct1) / (vsqrt(vi_ * correct2) + small), n)
+        if k.zero_grad:
+            put(k.grad + i, vset(0), n)
+
+
 def adamw_update(cnp.ndarray param, cnp.ndarray m, cnp.ndarray v, cnp.ndarray grad, double learning_rate,
                  double beta1, double beta2, double eps, double weight_decay, double grad_scale, Py_ssize_t t,
                  bint zero_grad, Py_ssize_t n):
@@ -37,31 +87,16 @@ def adamw_update(cnp.ndarray param, cnp.ndarray m, cnp.ndarray v, cnp.ndarray gr
     grad (n) is multiplied by grad_scale first (clipping) and zeroed afterwards if zero_grad; t counts updates from 1. One
     pass over memory does it all, because reading and writing the four buffers is what an update costs.
     """
+    cdef AdamW k
     cdef Arrays args
     args.n = 0
-    cdef float* p = output(&args, param, 1, n, "param")
-    cdef float* pm = output(&args, m, 1, n, "m")
-    cdef float* pv = output(&args, v, 1, n, "v")
-    cdef float* g = output(&args, grad, 1, n, "grad")
-    cdef vf b1 = vset(<float>beta1), b2 = vset(<float>beta2)
-    cdef vf c1 = vset(<float>(1 - beta1)), c2 = vset(<float>(1 - beta2))
-    # The moments start at zero, so after t updates they are too small by a factor of 1 - beta^t.
-    cdef vf correct1 = vset(<float>(1 / (1 - beta1 ** t))), correct2 = vset(<float>(1 / (1 - beta2 ** t)))
-    cdef vf keep = vset(<float>(1 - learning_rate * weight_decay)), rate = vset(<float>learning_rate)
-    cdef vf scale = vset(<float>grad_scale), small = vset(<float>eps), gi, mi, vi_
-    cdef Py_ssize_t task, i
+    k.param = output(&args, param, 1, n, "param")
+    k.m = output(&args, m, 1, n, "m")
+    k.v = output(&args, v, 1, n, "v")
+    k.grad = output(&args, grad, 1, n, "grad")
+    k.learning_rate, k.beta1, k.beta2, k.eps, k.weight_decay = learning_rate, beta1, beta2, eps, weight_decay
+    k.grad_scale, k.t, k.n, k.zero_grad = grad_scale, t, n, zero_grad
     if t < 1:
         raise ValueError(f"t counts updates from 1, got {t}")
     check_overlap(&args)
-    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=n > SERIAL):
-        i = task * VL
-        gi = part(g + i, n - i) * scale
-        mi = vfma(b1, part(pm + i, n - i), c1 * gi)        # m = beta1 m + (1 - beta1) g
-        vi_ = vfma(b2, part(pv + i, n - i), c2 * gi * gi)  # v = beta2 v + (1 - beta2) g^2
-        put(pm + i, mi, n - i)
-        put(pv + i, vi_, n - i)
-        # param = (1 - rate * decay) param - rate * m_hat / (sqrt(v_hat) + eps)
-        put(p + i, keep * part(p + i, n - i) - rate * (mi * correct1) / (vsqrt(vi_ * correct2) + small), n - i)
-        if zero_grad:
-            put(g + i, vset(0), n - i)
+    run(adamw_body, &k, sizeof(k), 0, n <= SERIAL)

@@ -196,18 +196,29 @@ cdef void pack_rows_bf16(int32_t* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, Py
                       else bf16_bits(part(x, k - p)), words - word)
 
 
+cdef struct RoundBf16:
+    float* out
+    const float* x
+    Py_ssize_t n
+
+
+cdef void round_bf16_body(const void* call, const Member* me) noexcept nogil:
+    cdef const RoundBf16* k = <const RoundBf16*>call
+    cdef Share vectors = share(me, ceil_div(k.n, VL))
+    cdef Py_ssize_t task, i
+    for task in range(vectors.begin, vectors.end):
+        i = task * VL
+        put(k.out + i, vfloat(bf16_bits(part(k.x + i, k.n - i))), k.n - i)
+
+
 def round_bf16(cnp.ndarray out, cnp.ndarray x, Py_ssize_t n):
     """out (n) = x (n) rounded to bfloat16 as packing does it, kept as float32.
 
     To nearest, ties to even; subnormals become zero, as in hardware.
     """
+    cdef RoundBf16 k
     cdef Arrays args
     args.n = 0
-    cdef float* o = output(&args, out, 1, n, "out")
-    cdef const float* px = input(&args, x, 1, n, "x")
-    cdef Py_ssize_t task, i
+    k.out, k.x, k.n = output(&args, out, 1, n, "out"), input(&args, x, 1, n, "x"), n
     check_overlap(&args)
-    for task in prange(ceil_div(n, VL), nogil=True, schedule='static', num_threads=n_threads,
-                       use_threads_if=n > SERIAL):
-        i = task * VL
-        put(o + i, vfloat(bf16_bits(part(px + i, n - i))), n - i)
+    run(round_bf16_body, &k, sizeof(k), 0, n <= SERIAL)

@@ -3,26 +3,39 @@
 # Generation multiplies a few rows by the same weights again and again, so its speed is that of reading them. As panels of
 # bfloat16 they are half the bytes, and they give the bits of linear_forward in bf16.
 
-def packed_size(Py_ssize_t K, Py_ssize_t N):
+cpdef Py_ssize_t packed_size(Py_ssize_t K, Py_ssize_t N):
     """Elements of the int32 array that holds a packed weight (K, N): whole panels of pairs."""
     return ceil_div(N, NR) * NR * ceil_div(K, 2)
 
 
+cdef struct PackWeight:
+    float* packed
+    Matrix weight            # (K, N)
+    Py_ssize_t K, N
+
+
+cdef void pack_weight_body(const void* call, const Member* me) noexcept nogil:
+    cdef const PackWeight* k = <const PackWeight*>call
+    cdef Share panels = share(me, ceil_div(k.N, NR))
+    cdef Py_ssize_t panel, ps = NR * ceil_div(k.K, 2)
+    for panel in range(panels.begin, panels.end):
+        pack_panels_bf16(Panels(data=k.packed + panel * ps, ps=ps), NULL, matrix_at(k.weight, 0, panel * NR), k.K,
+                         min(NR, k.N - panel * NR))
+
+
 def pack_weight(cnp.ndarray packed, cnp.ndarray weight, Py_ssize_t K, Py_ssize_t N, bint transposed=False):
     """packed [ceil(N / NR)][ceil(K / 2)][NR] = pairs of weight (K, N), or of weight (N, K)^T if transposed."""
+    cdef PackWeight k
     cdef Arrays args
     args.n = 0
-    cdef Py_ssize_t panel, ps = NR * ceil_div(K, 2), n_panels = ceil_div(N, NR)
-    cdef float* out = <float*>array(&args, packed, cnp.NPY_INT32, 1, ps * n_panels, "packed", True)
-    cdef Matrix b
+    k.packed = <float*>array(&args, packed, cnp.NPY_INT32, 1, packed_size(K, N), "packed", True)
     if transposed:
-        b = transpose(rows_of_length(input(&args, weight, N, K, "weight"), K))
+        k.weight = transpose(rows_of_length(input(&args, weight, N, K, "weight"), K))
     else:
-        b = rows_of_length(input(&args, weight, K, N, "weight"), N)
+        k.weight = rows_of_length(input(&args, weight, K, N, "weight"), N)
+    k.K, k.N = K, N
     check_overlap(&args)
-    for panel in prange(n_panels, nogil=True, schedule='static', num_threads=n_threads):
-        pack_panels_bf16(Panels(data=out + panel * ps, ps=ps), NULL, matrix_at(b, 0, panel * NR), K,
-                         min(NR, N - panel * NR))
+    run(pack_weight_body, &k, sizeof(k), 0, K * N <= SERIAL)
 
 
 cdef void packed_row(Output out, const int32_t* x, const int32_t* panel, Py_ssize_t pairs, Py_ssize_t n) noexcept nogil:
@@ -67,27 +80,44 @@ cdef void packed_rows(Output out, Strips x, Panels panel, Py_ssize_t rows, Py_ss
         panel.data += lanes * NR
 
 
+cdef struct PackedForward:
+    Output out               # (rows, N)
+    Matrix x                 # (rows, K)
+    float* weight            # [ceil(N / NR)][pairs][NR]
+    Py_ssize_t rows, K, N
+
+
+cdef void packed_forward_body(const void* call, const Member* me) noexcept nogil:
+    cdef const PackedForward* k = <const PackedForward*>call
+    cdef Py_ssize_t pairs = ceil_div(k.K, 2), words = PAIR_WORDS * pairs, strip, panel, j, i
+    cdef float* strips = <float*>me.work  # [ceil(rows / MR)][MR][words]
+    cdef Share mine = share(me, ceil_div(k.rows, MR))
+    for strip in range(mine.begin, mine.end):
+        i = strip * MR
+        pack_rows_bf16(<int32_t*>strips + i * words, MR * words, matrix_at(k.x, i, 0), min(MR, k.rows - i), k.K)
+    barrier(me)
+    mine = share(me, ceil_div(k.N, NR))
+    for panel in range(mine.begin, mine.end):
+        j = panel * NR
+        if k.rows == 1:
+            packed_row(output_at(k.out, 0, j), <int32_t*>strips, <int32_t*>k.weight + j * pairs, pairs, min(NR, k.N - j))
+        else:
+            packed_rows(output_at(k.out, 0, j), Strips(data=strips, ps=MR * words, rs=words, cs=1),
+                        Panels(data=k.weight + j * pairs, ps=0), k.rows, pairs, min(NR, k.N - j))
+
+
 def packed_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray packed, cnp.ndarray bias, cnp.ndarray residual,
                    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N):
     """out (rows, N) = residual (rows, N) + (x (rows, K) @ weight (K, N) + bias (N)) in bf16, weight as pack_weight made
     it; bias and residual may be None."""
+    cdef PackedForward k
     cdef Arrays args
     args.n = 0
-    cdef Py_ssize_t pairs = ceil_div(K, 2), words = PAIR_WORDS * pairs, n_panels = ceil_div(N, NR), panel, j
-    cdef float* o = output(&args, out, rows, N, "out")
-    cdef const float* px = input(&args, x, rows, K, "x")
-    cdef float* weight = <float*>array(&args, packed, cnp.NPY_INT32, 1, n_panels * NR * pairs, "packed", False)
-    cdef const float* b = optional(&args, bias, 1, N, "bias")
-    cdef const float* r = optional(&args, residual, rows, N, "residual")
-    cdef Output whole = Output(c=o, start=r, bias=b, ld=N)
-    cdef float* strips = <float*>scratch(ceil_div(rows, MR) * MR * words * sizeof(float))  # [ceil(rows / MR)][MR][words]
+    k.out = Output(c=output(&args, out, rows, N, "out"), start=optional(&args, residual, rows, N, "residual"),
+                   bias=optional(&args, bias, 1, N, "bias"), ld=N)
+    k.x = rows_of_length(input(&args, x, rows, K, "x"), K)
+    k.weight = <float*>array(&args, packed, cnp.NPY_INT32, 1, packed_size(K, N), "packed", False)
+    k.rows, k.K, k.N = rows, K, N
     check_overlap(&args)
-    with nogil:
-        pack_rows_bf16(<int32_t*>strips, MR * words, rows_of_length(px, K), rows, K)
-        for panel in prange(n_panels, schedule='static', num_threads=n_threads, use_threads_if=K * N > SERIAL_WEIGHT):
-            j = panel * NR
-            if rows == 1:
-                packed_row(output_at(whole, 0, j), <int32_t*>strips, <int32_t*>weight + j * pairs, pairs, min(NR, N - j))
-            else:
-                packed_rows(output_at(whole, 0, j), Strips(data=strips, ps=MR * words, rs=words, cs=1),
-                            Panels(data=weight + j * pairs, ps=0), rows, pairs, min(NR, N - j))
+    run(packed_forward_body, &k, sizeof(k), ceil_div(rows, MR) * MR * PAIR_WORDS * ceil_div(K, 2) * sizeof(float),
+        K * N <= SERIAL_WEIGHT)

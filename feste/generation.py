@@ -161,12 +161,14 @@ class Decoder:
     def append(self, ids: np.ndarray) -> np.ndarray:
         """Append one token (num_samples, 1) to each cached sequence; the logits (num_samples, V)."""
         run, w, logits = self._appending, self._decoding, self._logits
-        transformer.forward(run, w, ids, self.cache.length)
         (B, V), C = logits.shape, self.config.n_embd
-        if self.bf16:
-            ops.packed_forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
-        else:
-            ops.gemm(logits, run.act.ln_f, w.head, B, V, C, trans_b=True)
+        with ops.Recording() as token:
+            transformer.forward(run, w, ids, self.cache.length)
+            if self.bf16:
+                ops.packed_forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
+            else:
+                ops.gemm(logits, run.act.ln_f, w.head, B, V, C, trans_b=True)
+        token.run()
         self.cache.length += 1
         return logits
 

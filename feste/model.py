@@ -108,7 +108,8 @@ class GPT2:
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits (B, T, V) float32 for ids (B, T). ValueError for ids outside the vocabulary or T > block_size."""
         ids = self._check_ids(ids, "ids")
-        act = self._forward(ids, keep=False).act
+        act = self._buffers(*ids.shape, keep=False)
+        transformer.forward(self._pass(act), self._weights, ids)
         V, C = self.config.vocab_size, self.config.n_embd
         logits = ops.zeros(*ids.shape, V)
         ops.gemm(logits, act.ln_f, self._weights.head, ids.size, V, C, trans_b=True, bf16=self._bf16)
@@ -116,10 +117,14 @@ class GPT2:
 
     def loss(self, ids: np.ndarray, targets: np.ndarray) -> float:
         """Mean negative log-likelihood in nats of targets (B, T) given ids (B, T), without dropout."""
-        ids, targets = self._check_pair(ids, targets)
-        act = self._forward(ids, keep=False).act
-        for rows in _head_chunks(ids.size):
-            self._head_loss(act, targets.reshape(-1), rows)
+        act = self._given(*self._check_pair(ids, targets), keep=False)
+
+        def kernels() -> None:
+            transformer.forward(self._pass(act), self._weights, act.ids)
+            for rows in _head_chunks(act.ids.size):
+                self._head_loss(act, rows)
+
+        act.perform((self.precision,), kernels)
         return float(act.losses.mean(dtype=np.float64))
 
     def zero_grad(self) -> None:
@@ -130,17 +135,26 @@ class GPT2:
 
         Dropout masks are a pure function of (the model's seed, dropout_key). ValueError as in `forward`.
         """
-        ids, targets = self._check_pair(ids, targets)
-        run = self._forward(ids, keep=True, dropout=Dropout(self.config.dropout, self.dropout_seed, dropout_key))
-        self._backward_head(run.act, targets.reshape(-1), scale / ids.size)
-        transformer.backward(run, self._weights, self._gradients, ids)
-        return float(run.act.losses.mean(dtype=np.float64))
+        act = self._given(*self._check_pair(ids, targets), keep=True)
+        dropout = Dropout(self.config.dropout, self.dropout_seed, dropout_key)
 
-    def _forward(self, ids: np.ndarray, keep: bool, dropout: Dropout | None = None) -> Pass:
-        """A pass over ids (B, T) that has come as far as ln_f."""
-        run = Pass(self.config, self._buffers(*ids.shape, keep), self._bf16, dropout or Dropout())
-        transformer.forward(run, self._weights, ids)
-        return run
+        def kernels() -> None:
+            run = self._pass(act, dropout)
+            transformer.forward(run, self._weights, act.ids)
+            self._backward_head(act, scale / act.ids.size)
+            transformer.backward(run, self._weights, self._gradients, act.ids)
+
+        act.perform((self.precision, scale, dropout_key if dropout.p > 0.0 else None), kernels)
+        return float(act.losses.mean(dtype=np.float64))
+
+    def _pass(self, act: Activations, dropout: Dropout | None = None) -> Pass:
+        return Pass(self.config, act, self._bf16, dropout or Dropout())
+
+    def _given(self, ids: np.ndarray, targets: np.ndarray, keep: bool) -> Activations:
+        """The buffers of a pass over ids (B, T), with ids and targets in them."""
+        act = self._buffers(*ids.shape, keep)
+        act.ids[...], act.targets[...] = ids, targets
+        return act
 
     def _buffers(self, B: int, T: int, keep: bool) -> Activations:
         act = self._activations.get(keep)
@@ -155,20 +169,21 @@ class GPT2:
 
     # ---- the head -------------------------------------------------------------------------------------------
 
-    def _head_loss(self, act: Activations, targets: np.ndarray, rows: slice) -> np.ndarray:
+    def _head_loss(self, act: Activations, rows: slice) -> np.ndarray:
         """Logits (n, V) of some rows, in a shared buffer, and their losses: logits = ln_f @ head^T."""
         c, n = self.config, rows.stop - rows.start
-        logits = act.logits[:n]
+        logits, targets = act.logits[:n], act.targets.reshape(-1)[rows]
         ops.gemm(logits, act.ln_f[rows], self._weights.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=self._bf16)
-        ops.cross_entropy_forward(act.losses[rows], act.lse[rows], logits, targets[rows], n, c.vocab_size)
+        ops.cross_entropy_forward(act.losses[rows], act.lse[rows], logits, targets, n, c.vocab_size)
         return logits
 
-    def _backward_head(self, act: Activations, targets: np.ndarray, scale: float) -> None:
+    def _backward_head(self, act: Activations, scale: float) -> None:
         """Losses of every row, the head's gradient, and act.dln (rows, C), that of ln_f."""
         V, C, bf16 = self.config.vocab_size, self.config.n_embd, self._bf16
+        targets = act.targets.reshape(-1)
         for rows in _head_chunks(targets.size):
             n = rows.stop - rows.start
-            dlogits = logits = self._head_loss(act, targets, rows)
+            dlogits = logits = self._head_loss(act, rows)
             # loss = cross_entropy(logits, targets); in place, for logits are the largest buffer
             ops.cross_entropy_backward(dlogits, logits, targets[rows], act.lse[rows], scale, n, V)
             # logits = ln_f @ head^T
@@ -218,12 +233,11 @@ class GPT2:
             raise ValueError(f"{name} must be a (B, T) array of integers, got {ids.dtype} of shape {ids.shape}")
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"a sequence of {ids.shape[1]} tokens is longer than block_size={self.config.block_size}")
-        if ids.dtype != np.int32:
-            low, high = ids.min(), ids.max()
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"{name} must lie in 0 .. {self.config.vocab_size - 1}, got {bad}")
-        return np.ascontiguousarray(ids, np.int32)  # the kernels check the range of int32 ids
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} must lie in 0 .. {self.config.vocab_size - 1}, got {bad}")
+        return np.ascontiguousarray(ids, np.int32)
 
     def _check_pair(self, ids: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids, targets = self._check_ids(ids, "ids"), self._check_ids(targets, "targets")

@@ -90,6 +90,7 @@ available_isas = [isa for isa in _cpu.supported() if _is_built(isa)]
 isa, isa_reason = _choose(os.environ.get("FESTE_ISA"))
 _kernels = load(isa)
 
+Recording = _kernels.Recording
 adamw_update = _kernels.adamw_update
 attention_backward = _kernels.attention_backward
 attention_decode = _kernels.attention_decode

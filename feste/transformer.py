@@ -16,7 +16,7 @@ again. Shapes: B sequences, T tokens, rows = B T, C channels, H heads, V tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -69,7 +69,7 @@ class Activations:
     """The buffers of one pass over B sequences of T tokens, as the tables below say.
 
     With keep, every block has a set of its own, as the backward pass needs them, and there are gradients; without, all
-    blocks share one set. `nbytes_of` counts what would be taken.
+    blocks share one set. `nbytes_of` counts what would be taken. ids and targets (B, T) int32 are the pass's input.
     """
 
     @staticmethod
@@ -98,6 +98,8 @@ class Activations:
 
     def __init__(self, config: Config, B: int, T: int, keep: bool) -> None:
         self.shape = (B, T)
+        self.ids, self.targets = ops.zeros(B, T, dtype=np.int32), ops.zeros(B, T, dtype=np.int32)
+        self._recorded: tuple[tuple, ops.Recording] | None = None
         shared, block, gradients = self._tables(config, B, T, keep)
         for name, shape in {**shared, **gradients}.items():
             setattr(self, name, ops.zeros(*shape))
@@ -105,13 +107,26 @@ class Activations:
                 for _ in range(config.n_layers if keep else 1)]
         self.blocks = sets if keep else sets * config.n_layers
 
+    def perform(self, settings: tuple, kernels: Callable[[], None]) -> None:
+        """Run the kernels that `kernels` calls on these buffers, all of them by one team of threads.
+
+        The buffers and their order are always the same, so they are noted down once, and again only if one of the
+        settings has changed: whatever numbers the kernels are called with.
+        """
+        settings = (*settings, ops.get_num_threads())
+        if self._recorded is None or self._recorded[0] != settings:
+            with ops.Recording() as recording:
+                kernels()
+            self._recorded = settings, recording
+        self._recorded[1].run()
+
     @classmethod
     def nbytes_of(cls, config: Config, B: int, T: int, keep: bool) -> int:
         """Bytes of the buffers for these arguments, without taking them."""
         shared, block, gradients = ({name: math.prod(shape) for name, shape in table.items()}
                                     for table in cls._tables(config, B, T, keep))
         floats = sum(shared.values()) + sum(gradients.values()) + sum(block.values()) * (config.n_layers if keep else 1)
-        return floats * np.dtype(np.float32).itemsize
+        return floats * np.dtype(np.float32).itemsize + 2 * B * T * np.dtype(np.int32).itemsize  # ids and targets
 
     @classmethod
     def _tables(cls, config: Config, B: int, T: int, keep: bool) -> tuple[dict, dict, dict]:

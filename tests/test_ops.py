@@ -16,7 +16,7 @@ from feste import ops, reference
 
 CASES = all_cases()
 CANARY = np.float32(-7.25e11)
-MACHINE_ONLY = {"set_num_threads", "get_num_threads", "peak_flops"}  # nothing to specify
+MACHINE_ONLY = {"set_num_threads", "get_num_threads", "peak_flops", "Recording"}  # nothing to specify
 
 
 @pytest.fixture(params=ops.available_isas)
