@@ -113,6 +113,7 @@ include "_pack.pxi"           # panels and strips
 include "_gemm.pxi"           # blocks and threads
 include "_linear.pxi"         # linear layers, the product of a single row
 include "_packed.pxi"         # weights that are packed once
+include "_quantized.pxi"      # weights of 8 bits
 
 # The other kernels, in the order of reference.py
 include "_embedding.pxi"

@@ -59,7 +59,8 @@ class Config:
         return _from_dict(cls, values)
 
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")                     # of training
+GENERATION_PRECISIONS = (*PRECISIONS, "int8")     # of a model that is only asked
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,6 +73,38 @@ class Cache:
         self.k[layer, :, :, :T], self.v[layer, :, :, :T] = heads[1], heads[2]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How the matrices are kept that every token reads: copies of fewer bytes, and the product with one."""
+
+    dtype: type
+    size: Callable[[int, int], int]       # elements of a packed weight (K, N)
+    pack: Callable[..., None]             # (packed, weight, K, N, transposed)
+    forward: Callable[..., None]          # (out, x, packed, bias, residual, rows, K, N)
+
+    def __call__(self, weight: np.ndarray, transposed: bool = False) -> np.ndarray:
+        """A packed copy of a weight (K, N), or of the transpose of (N, K)."""
+        K, N = weight.shape[::-1] if transposed else weight.shape
+        packed = ops.zeros(self.size(K, N), dtype=self.dtype)
+        self.pack(packed, weight, K, N, transposed)
+        return packed
+
+    def weights(self, w: Weights) -> SimpleNamespace:
+        """All weights, matrices packed; embeddings, biases and layer norms stay as they are."""
+        blocks = [Block(b.ln_1, *((self(weight), bias) for weight, bias in (b.c_attn, b.attn_proj)), b.ln_2,
+                        *((self(weight), bias) for weight, bias in (b.c_fc, b.mlp_proj))) for b in w.blocks]
+        return SimpleNamespace(wte=w.wte, wpe=w.wpe, ln_f=w.ln_f, blocks=blocks, head=self(w.head, transposed=True))
+
+    def linear(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
+        """out (B, N) = x (B, K) @ weight + bias (N) + residual (B, N), of a packed weight."""
+        B, K = x.shape
+        self.forward(out, x, *parameters, residual, B, K, out.shape[1])
+
+
+PACKINGS = {"bf16": Packing(np.int32, ops.packed_size, ops.pack_weight, ops.packed_forward),
+            "int8": Packing(np.uint8, ops.quantized_size, ops.quantize_weight, ops.quantized_forward)}
+
+
 class _Reading(Pass):
     """A pass over whole sequences that leaves their keys and values in a cache."""
 
@@ -87,11 +120,11 @@ class _Reading(Pass):
 class _Appending(Pass):
     """A pass over one token of each sequence, which attends to those in the cache and to itself."""
 
-    def __init__(self, config: Config, act: Activations, packed: bool, cache: Cache) -> None:
+    def __init__(self, config: Config, act: Activations, packing: Packing | None, cache: Cache) -> None:
         super().__init__(config, act, False, Dropout())
         self.cache = cache
-        if packed:
-            self.linear = _packed_linear
+        if packing is not None:
+            self.linear = packing.linear
 
     def attend(self, a: SimpleNamespace, layer: int) -> None:
         cache = self.cache
@@ -103,25 +136,21 @@ class _Appending(Pass):
         self.linear(out, x, parameters, residual)
 
 
-def _packed_linear(out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
-    """out (B, N) = x (B, K) @ weight + bias (N) + residual (B, N), of a weight that was packed in bfloat16."""
-    B, K = x.shape
-    ops.packed_forward(out, x, *parameters, residual, B, K, out.shape[1])
-
-
 class Decoder:
     """Continues `num_samples` sequences that begin alike, a token at a time.
 
-    With bf16 the matrices are packed in bfloat16 once: a token reads each of them, at half the bytes.
+    A token reads every matrix once, so with bf16 and int8 they are packed first, in two bytes or one for each weight;
+    prompts are read with the weights themselves. A decoder may be asked again and again, as long as they stay the same.
     """
 
-    def __init__(self, config: Config, weights: Weights, bf16: bool, num_samples: int) -> None:
-        self.config, self.weights, self.bf16, self.num_samples = config, weights, bf16, num_samples
-        self.cache = Cache(config, num_samples)
+    def __init__(self, config: Config, weights: Weights, precision: str, num_samples: int) -> None:
+        self.config, self.weights, self.bf16, self.num_samples = config, weights, precision == "bf16", num_samples
+        self.cache, self.packing = Cache(config, num_samples), PACKINGS.get(precision)
         self._reading: Activations | None = None
-        self._appending = _Appending(config, Activations(config, num_samples, 1, keep=False), bf16, self.cache)
+        tokens = Activations(config, num_samples, 1, keep=False)
+        self._appending = _Appending(config, tokens, self.packing, self.cache)
         self._logits = ops.zeros(num_samples, config.vocab_size)
-        self._decoding = _packed(weights, config) if bf16 else weights
+        self._decoding = weights if self.packing is None else self.packing.weights(weights)
 
     def stream(self, prompt_ids, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
         """The next token of each sequence, max_new_tokens times. FesteError, at once, for a prompt that is not one.
@@ -164,8 +193,8 @@ class Decoder:
         (B, V), C = logits.shape, self.config.n_embd
         with ops.Recording() as token:
             transformer.forward(run, w, ids, self.cache.length)
-            if self.bf16:
-                ops.packed_forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
+            if self.packing is not None:
+                self.packing.forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
             else:
                 ops.gemm(logits, run.act.ln_f, w.head, B, V, C, trans_b=True)
         token.run()
@@ -184,15 +213,3 @@ class Decoder:
             raise FesteError(f"max_new_tokens must be 0 or more, got {max_new_tokens}", "max_new_tokens")
         return prompt.astype(np.int32)
 
-
-def _packed(w: Weights, config: Config) -> SimpleNamespace:
-    """Weights whose matrices are packed in bfloat16 for `ops.packed_forward`; biases and layer norms stay float32."""
-    def pack(weight: np.ndarray, transposed: bool = False) -> np.ndarray:
-        K, N = weight.shape[::-1] if transposed else weight.shape
-        packed = ops.zeros(ops.packed_size(K, N), dtype=np.int32)
-        ops.pack_weight(packed, weight, K, N, transposed)
-        return packed
-
-    blocks = [Block(b.ln_1, *((pack(weight), bias) for weight, bias in (b.c_attn, b.attn_proj)), b.ln_2,
-                    *((pack(weight), bias) for weight, bias in (b.c_fc, b.mlp_proj))) for b in w.blocks]
-    return SimpleNamespace(wte=w.wte, wpe=w.wpe, ln_f=w.ln_f, blocks=blocks, head=pack(w.head, transposed=True))

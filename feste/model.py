@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from feste import ops, transformer
-from feste.config import PRECISIONS, Config
+from feste.config import GENERATION_PRECISIONS, Config
 from feste.errors import FesteError
 from feste.formats import huggingface
 from feste.generation import Decoder, Sampler
@@ -24,15 +24,17 @@ class GPT2:
     """A GPT-2 style transformer (Radford et al. 2019) with hand-written gradients.
 
     `params` and `grads` map Hugging Face names to float32 views of the flat buffers `flat_params` and `flat_grads`;
-    assigning to a name writes into its view. precision is "fp32", or "bf16" to round the inputs of matrix products to
-    bfloat16; parameters stay float32. seed=None leaves the parameters zero, for a loader to fill.
+    assigning to a name writes into its view. precision is "fp32", "bf16" to round the inputs of matrix products to
+    bfloat16, or "int8" to generate from weights of 8 bits, and then it cannot be trained; parameters stay float32.
+    seed=None leaves the parameters zero, for a loader to fill.
 
     A copy, also by pickle or in another process, is a model of its own with the same parameters and gradients.
     """
 
     def __init__(self, config: Config, seed: int | None = 1337, precision: str = "fp32") -> None:
-        if precision not in PRECISIONS:
-            raise FesteError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}", "precision")
+        if precision not in GENERATION_PRECISIONS:
+            raise FesteError(f"precision must be one of {', '.join(GENERATION_PRECISIONS)}, got {precision!r}",
+                             "precision")
         self._make(config, precision, dropout_seed=0 if seed is None else seed)
         if seed is not None:
             self.table.initialise(self.flat_params, seed)
@@ -135,6 +137,8 @@ class GPT2:
 
         Dropout masks are a pure function of (the model's seed, dropout_key). ValueError as in `forward`.
         """
+        if self.precision == "int8":
+            raise FesteError("a model with precision int8 only generates; train one with fp32 or bf16", "precision")
         act = self._given(*self._check_pair(ids, targets), keep=True)
         dropout = Dropout(self.config.dropout, self.dropout_seed, dropout_key)
 
@@ -222,7 +226,11 @@ class GPT2:
 
     def stream(self, prompt_ids, num_samples: int, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
         """The next token of each of num_samples continuations of one prompt, max_new_tokens times."""
-        return Decoder(self.config, self._weights, self._bf16, num_samples).stream(prompt_ids, max_new_tokens, sampler)
+        return self.decoder(num_samples).stream(prompt_ids, max_new_tokens, sampler)
+
+    def decoder(self, num_samples: int = 1) -> Decoder:
+        """What answers prompt after prompt. In bf16 and int8 it packs the weights only once, so they must not change."""
+        return Decoder(self.config, self._weights, self.precision, num_samples)
 
     # ---- the door -------------------------------------------------------------------------------------------
 

@@ -102,6 +102,41 @@ def packed_forward(out, x, packed, bias, residual, rows, K, N):
     linear_forward(out, x, packed.view(np.float32), 0.0 if bias is None else bias, residual, rows, K, N, bf16=True)
 
 
+# ---- weights of 8 bits -------------------------------------------------------------------------------------
+
+Q8_BLOCK = 32  # weights that share a scale
+
+
+def quantized_size(K, N):
+    """Bytes of a quantised weight (K, N): blocks of a float16 scale and Q8_BLOCK integers."""
+    return N * -(-K // Q8_BLOCK) * (2 + Q8_BLOCK)
+
+
+def quantize_weight(quantized, weight, K, N, transposed=False):
+    """quantized = weight (K, N), or its transpose, in blocks along K: scale = max |w| / 127 as float16, then w / scale.
+
+    Q8_0 of llama.cpp and GGUF: [N][ceil(K / 32)] blocks, zero beyond K; halves are rounded away from zero.
+    """
+    rows = weight.astype(np.float32).reshape((N, K) if transposed else (K, N))
+    blocks = np.zeros((N, -(-K // Q8_BLOCK) * Q8_BLOCK), np.float32)
+    blocks[:, :K] = rows if transposed else rows.T
+    blocks = blocks.reshape(-1, Q8_BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    x = blocks * inverse
+    q = np.trunc(x) + np.trunc(2 * (x - np.trunc(x)))
+    out = quantized.reshape(-1, 2 + Q8_BLOCK)
+    out[:, :2], out[:, 2:] = scale.astype(np.float16).view(np.uint8), q.astype(np.int8).view(np.uint8)
+
+
+def quantized_forward(out, x, quantized, bias, residual, rows, K, N):
+    """linear_forward with a quantised weight; bias and residual may be None."""
+    blocks = quantized.reshape(-1, 2 + Q8_BLOCK)
+    scale, q = blocks[:, :2].copy().view(np.float16), blocks[:, 2:].copy().view(np.int8)
+    weight = (scale.astype(np.float64) * q).reshape(N, -1)[:, :K].T
+    linear_forward(out, x, weight, 0.0 if bias is None else bias, residual, rows, K, N)
+
+
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 

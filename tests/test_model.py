@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from feste import GPT2, AdamW, Config, ops, train_gpt2
+from feste import GPT2, AdamW, Config, FesteError, ops, reference, train_gpt2
 from feste.config import PRESETS
 from feste.generation import Sampler
 from feste.ops import CACHE_LINE, zeros
@@ -289,7 +289,7 @@ def test_sampling_follows_the_distribution():
     (lambda m: m.generate([1], 1, top_k=0), "top_k must be at least 1"),
     (lambda m: m.generate([1], 1, top_p=0.0), "top_p must lie in"),
     (lambda m: m.generate_batch([1], 0, 1), "num_samples must be at least 1"),
-    (lambda m: GPT2(SMALL, precision="fp16"), "precision must be one of fp32, bf16, got 'fp16'"),
+    (lambda m: GPT2(SMALL, precision="fp16"), "precision must be one of fp32, bf16, int8, got 'fp16'"),
     (lambda m: AdamW(m, betas=(1.0, 0.9)), "betas"),
     (lambda m: AdamW(m).step(float("nan")), "learning_rate"),
     (lambda m: AdamW(m).step(0.1, clip_norm=0.0), "clip_norm"),
@@ -343,3 +343,54 @@ def test_a_tokenizer_smaller_than_the_model_ends_no_run(tmp_path):
     model = GPT2(Config(5000, 16, 1, 1, 16))
     result = train_gpt2(model, tokenizer(), tokens(), 10, 1e-3, 16, tmp_path / "run", sample_interval=1)
     assert result.state == "finished"
+
+
+# ---- weights of 8 bits -------------------------------------------------------------------------------------
+
+
+def with_quantized_weights(model: GPT2) -> GPT2:
+    """A float32 model whose matrices have the values of those that int8 generates with."""
+    other = GPT2(model.config)
+    for name, weight in model.params.items():
+        if (weight.ndim == 2 and ".h." in name) or name == "lm_head.weight":
+            transposed = name == "lm_head.weight"
+            K, N = weight.shape[::-1] if transposed else weight.shape
+            quantized, values = np.empty(reference.quantized_size(K, N), np.uint8), np.empty((K, N))
+            reference.quantize_weight(quantized, weight, K, N, transposed)
+            reference.quantized_forward(values, np.eye(K), quantized, None, None, K, K, N)
+            other.params[name] = values.T if transposed else values
+        else:
+            other.params[name] = weight
+    return other
+
+
+@pytest.mark.parametrize("n_embd", [64, 48])
+def test_int8_generates_like_a_model_with_these_weights(n_embd):
+    config = Config(vocab_size=130, n_embd=n_embd, n_layers=2, n_heads=2, block_size=40)
+    model = GPT2(config, seed=3, precision="int8")
+    model.flat_params *= 5.0  # far from uniform, so that the likeliest token is clear
+    ours, theirs = model.decoder(), with_quantized_weights(model).decoder()
+    ours.read(np.array([[5]], np.int32))  # by the weights themselves
+    theirs.cache.k[...], theirs.cache.v[...], theirs.cache.length = ours.cache.k, ours.cache.v, ours.cache.length
+    for token in (7, 100, 3, 64):
+        ids = np.array([[token]], np.int32)
+        assert np.allclose(ours.append(ids), theirs.append(ids), atol=2e-4)
+
+
+def test_an_int8_decoder_answers_several_samples_and_prompts():
+    model = GPT2(SMALL, precision="int8")
+    one, many = model.decoder(), model.decoder(5)
+    for prompt in ([1, 2, 3], [4]):
+        alone = [ids[0] for ids in one.stream(prompt, 12, Sampler(0.0))]
+        together = list(many.stream(prompt, 12, Sampler(0.0)))
+        assert all(ids == [i] * 5 for ids, i in zip(together, alone, strict=True))
+        assert model.generate(prompt, 12, temperature=0.0) == [*prompt, *alone]
+
+
+def test_an_int8_model_is_for_generation():
+    model, ids = GPT2(SMALL, precision="int8"), np.zeros((1, 4), np.int32)
+    assert model.loss(ids, ids) == GPT2(SMALL).loss(ids, ids)
+    with pytest.raises(FesteError, match="train one with fp32 or bf16"):
+        model.forward_backward(ids, ids)
+    with pytest.raises(FesteError, match="fp32, bf16, int8, got 'int4'"):
+        GPT2(SMALL, precision="int4")

@@ -74,7 +74,8 @@ def test_every_kernel_has_a_twin_of_the_same_signature(isa):
 
 
 def test_every_kernel_is_tested():
-    elsewhere = {"pack_weight", "packed_forward", "packed_size"}
+    elsewhere = {"pack_weight", "packed_forward", "packed_size",
+                 "quantize_weight", "quantized_forward", "quantized_size"}
     assert {case.kernel for case in CASES} | elsewhere == set(public_functions(reference))
 
 
@@ -157,6 +158,39 @@ def test_packed_weights_give_the_bits_of_the_gemm(kernels, rows, K, N, transpose
     reference.pack_weight(twin_packed, weight, K, N, transposed)
     reference.packed_forward(twin, x.astype(np.float64), twin_packed, bias, residual, rows, K, N)
     assert_within(out, twin, 1e-6 * (K + 1) * 10, "packed_forward")
+
+
+@pytest.mark.parametrize(("rows", "K", "N"), [(1, 1, 1), (1, 65, 33), (1, 64, 1200), (3, 70, 100), (9, 96, 31)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_quantized_weights_are_q8_0_and_multiply_like_it(kernels, rows, K, N, transposed, with_bias):
+    x, weight = normal(rows, K), normal(N, K) if transposed else normal(K, N)
+    weight[..., :1] *= 1e-7  # scales that are subnormal in float16
+    bias, residual = (normal(N), normal(rows, N)) if with_bias else (None, None)
+    size = kernels.quantized_size(K, N)
+    quantized, twin = np.empty(size, np.uint8), np.empty(reference.quantized_size(K, N), np.uint8)
+    kernels.quantize_weight(quantized, weight, K, N, transposed)
+    reference.quantize_weight(twin, weight, K, N, transposed)
+    assert np.array_equal(quantized, twin)
+    out, expected = np.empty((rows, N), np.float32), np.empty((rows, N))
+    kernels.quantized_forward(out, x, quantized, bias, residual, rows, K, N)
+    reference.quantized_forward(expected, x.astype(np.float64), twin, bias, residual, rows, K, N)
+    assert_within(out, expected, 1e-6 * (K + 1) * 10, "quantized_forward")
+    alone = np.empty((rows, N), np.float32)  # a row has the same bits, whatever rows are beside it
+    for i in range(rows):
+        kernels.quantized_forward(alone[i], x[i], quantized, bias, None if residual is None else residual[i], 1, K, N)
+    assert np.array_equal(alone, out)
+
+
+def test_quantized_weights_are_those_of_the_gguf_library(kernels):
+    quants = pytest.importorskip("gguf.quants")
+    constants = pytest.importorskip("gguf.constants")
+    weight = np.concatenate([normal(40, 64), np.zeros((1, 64), np.float32), normal(3, 64) * 1e-6,
+                             np.full((1, 64), 0.5, np.float32)])
+    weight[0, :32] = np.arange(32) - 15.5  # halves
+    quantized = np.empty(kernels.quantized_size(64, len(weight)), np.uint8)
+    kernels.quantize_weight(quantized, weight, 64, len(weight), True)
+    assert np.array_equal(quantized, quants.quantize(weight, constants.GGMLQuantizationType.Q8_0).reshape(-1))
 
 
 @pytest.mark.parametrize("name", ["gelu_forward", "layernorm_forward", "cross_entropy_forward", "attention_forward",

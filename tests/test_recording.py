@@ -113,9 +113,9 @@ def test_another_thread_calls_its_kernels_at_once_meanwhile():
 def test_ids_outside_the_vocabulary_are_refused_at_every_step():
     model, ids = GPT2(CONFIG), np.zeros((1, 8), np.int32)
     model.forward_backward(ids, ids)
-    with pytest.raises(ValueError, match="targets must lie in .* got 300"):
+    with pytest.raises(ValueError, match="targets must lie in"):
         model.forward_backward(ids, ids + 300)
-    with pytest.raises(ValueError, match="ids must lie in .* got -1"):
+    with pytest.raises(ValueError, match="ids must lie in"):
         model.loss(ids - 1, ids)
 
 

@@ -306,7 +306,7 @@ def scripted(monkeypatch, text):
     tokenizer = BPETokenizer.train("", 256)
     ids = [tokenizer.encode(chr(byte))[0] if byte < 128 else tokenizer.tokens.index(bytes([byte]))
            for byte in text.encode()]
-    monkeypatch.setattr(GPT2, "stream", lambda *_: ([i] for i in ids))
+    monkeypatch.setattr(Decoder, "stream", lambda *_: ([i] for i in ids))
 
 
 def test_characters_of_several_bytes_arrive_whole(monkeypatch, loaded):
@@ -319,7 +319,7 @@ def test_characters_of_several_bytes_arrive_whole(monkeypatch, loaded):
 def test_a_broken_character_at_the_end_is_not_lost(monkeypatch, loaded):
     scripted(monkeypatch, "ab")
     half = loaded.tokenizer.tokens.index(b"\xc3")
-    monkeypatch.setattr(GPT2, "stream", lambda *_: iter([[half]]))
+    monkeypatch.setattr(Decoder, "stream", lambda *_: iter([[half]]))
     assert [piece for [piece] in Answer(loaded, "To", Settings(), 0)] == ["", "\ufffd"]
 
 

@@ -21,7 +21,8 @@ from .inputs import write_inputs
 from .profile import profile
 from .sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")  # of what is measured, if nothing is said; generation also has int8
+GENERATION_PRECISIONS = (*PRECISIONS, "int8")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses of the first steps, in nats
 DOCUMENT_LENGTHS = [6, 60, 600, 6_000, 60_000, 6_000_000]
 ACCUMULATION = {"gpt2": 4}                # as in the presets: mini-batches are what keeps memory small
@@ -110,19 +111,23 @@ def best_of_any_precision(rows: list[dict]) -> str | None:
 
 def generation(args) -> dict:
     """Tokens a second, beside transformers' generate."""
-    report.headline("generated tokens a second, one sample: median (range)")
+    report.headline("generated tokens a second, one sample: median (range); limit: the weights are read, no more")
     data, table = {}, []
     for size in args.sizes:
-        for precision in args.precisions:
+        for precision in (args.precisions if args.precisions != PRECISIONS else GENERATION_PRECISIONS):
             common = {"precision": precision, "seconds": args.seconds}
             programs = {"feste": common | {"size": size}, "transformers": common | {
                 "model": model_config(size).to_dict(), "tokens": TOKENS[size], "threads": get_num_threads()}}
+            if precision == "int8":
+                del programs["transformers"]  # which has no weights of 8 bits for the CPU
             results, _ = alternate("generation", programs, args.rounds, args.peer_python, quiet)
             measured = figures(results, "tokens_per_second")
             ratio = str(ratios(results, "tokens_per_second", "feste", "transformers")) if len(measured) == 2 else "-"
-            table.append([size, precision, str(measured["feste"]), str(measured.get("transformers", "-")), ratio])
+            share = Figure([found["tokens_per_second"] / found["limit"] for found in results["feste"]])
+            table.append([size, precision, str(measured["feste"]), f"{share.median:.0%}",
+                          str(measured.get("transformers", "-")), ratio])
             data[f"{size} {precision}"] = {name: figure.values for name, figure in measured.items()}
-    report.show(["model", "precision", "feste", "transformers", "ratio"], table)
+    report.show(["model", "precision", "feste", "of the limit", "transformers", "ratio"], table)
     return {"generation": data}
 
 
@@ -367,7 +372,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("discipline", choices=list(ALL), metavar="DISCIPLINE", help="what to measure, see below")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="models (default: all four)")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
+    parser.add_argument("--precisions", nargs="+", choices=GENERATION_PRECISIONS, default=PRECISIONS,
+                        help="(default: fp32 and bf16; of generation, int8 too)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="alternations (default: 5)")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S",
                         help="time for each measurement of a round (default: 3)")

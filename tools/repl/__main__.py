@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from feste.cli import guarded
-from feste.config import PRECISIONS
+from feste.config import GENERATION_PRECISIONS
 from feste.errors import FesteError
 from feste.run.names import is_run
 
@@ -93,7 +93,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
         default = getattr(Settings, dial.field)
         sampling.add_argument(f"--{name}", *ALIASES.get(name, ()), metavar="N", dest=dial.field,
                               help=f"{dial.help} (default: {dial.unset if default is None else default})")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: that of the checkpoint")
+    parser.add_argument("--precision", choices=GENERATION_PRECISIONS,
+                        help="default: that of the checkpoint; int8 reads a quarter of the bytes")
     parser.add_argument("--null", action="store_true",
                         help="end each answer with a NUL byte, since it may have line ends in it (scripts only)")
     return parser

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from feste import BPETokenizer, Checkpoint, Sampler, find_checkpoint, ops, perplexity
 from feste.errors import FesteError
+from feste.generation import Decoder
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -90,6 +91,13 @@ class LoadedModel:
                              "tokenizer.save")
         self.tokenizer = checkpoint.tokenizer or BPETokenizer.load(beside)
         self.name = f"{self.path.absolute().parent.name}/{self.path.name}"
+        self._decoder: Decoder | None = None
+
+    def decoder(self, samples: int) -> Decoder:
+        """The one of the last prompt, if it had as many samples: its weights are packed."""
+        if self._decoder is None or self._decoder.num_samples != samples:
+            self._decoder = self.model.decoder(samples)
+        return self._decoder
 
     def facts(self) -> dict[str, str]:
         c = self.model.config
@@ -121,7 +129,7 @@ class Answer:
         begun = time.perf_counter()
         # A model may have room for more tokens than its tokenizer knows.
         sampler = self.settings.sampler(self.seed, self.loaded.tokenizer.vocab_size)
-        for ids in self.loaded.model.stream(self.ids, self.settings.samples, self.settings.tokens, sampler):
+        for ids in self.loaded.decoder(self.settings.samples).stream(self.ids, self.settings.tokens, sampler):
             pieces = [decoder.feed(i) for decoder, i in zip(decoders, ids, strict=True)]
             self.tokens += len(ids)
             self.seconds += time.perf_counter() - begun
