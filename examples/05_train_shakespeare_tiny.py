@@ -34,7 +34,7 @@ def training_loop(run):
         record = run.record(learning_rate, loss, grad_norm)
 
         if run.due(config.val_interval):  # the loss on text that the model does not learn from
-            record["val_loss"] = mean_loss(model, run.val_tokens, run.val_starts, config.seq_len, config.batch_size)
+            record["val_loss"] = mean_loss(model, run.validation())
         if run.due(config.sample_interval):
             ids = model.generate(run.prompt, config.sample_tokens, temperature=0.8, seed=config.seed + step)
             record["sample"] = run.tokenizer.decode(ids)

@@ -75,7 +75,7 @@ cdef inline float* output(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize
     return <float*>array(args, x, cnp.NPY_FLOAT32, rows, cols, name, True)
 
 
-cdef int32_t* index(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t bound,
+cdef int32_t* indices(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t bound,
                     const char* name) except NULL:
     """An int32 array (rows, cols) of indices, each checked to lie in 0 .. bound - 1: any other would reach anywhere."""
     cdef int32_t* data = <int32_t*>array(args, x, cnp.NPY_INT32, rows, cols, name, False)

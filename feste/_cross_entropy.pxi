@@ -48,7 +48,7 @@ def cross_entropy_forward(cnp.ndarray losses, cnp.ndarray lse, cnp.ndarray logit
     k.losses = output(&args, losses, 1, rows, "losses")
     k.lse = output(&args, lse, 1, rows, "lse")
     k.logits = input(&args, logits, rows, V, "logits")
-    k.targets = index(&args, targets, 1, rows, V, "targets")
+    k.targets = indices(&args, targets, 1, rows, V, "targets")
     k.rows, k.V = rows, V
     check_overlap(&args)
     run(cross_entropy_forward_body, &k, sizeof(k), 0, rows * V <= SERIAL)
@@ -81,7 +81,7 @@ def cross_entropy_backward(cnp.ndarray dlogits, cnp.ndarray logits, cnp.ndarray 
     args.n = 0
     k.dlogits = output(&args, dlogits, rows, V, "dlogits")
     k.logits = input(&args, logits, rows, V, "logits")
-    k.targets = index(&args, targets, 1, rows, V, "targets")
+    k.targets = indices(&args, targets, 1, rows, V, "targets")
     k.lse = input(&args, lse, 1, rows, "lse")
     k.scale, k.rows, k.V = scale, rows, V
     allow_in_place(&args, "dlogits", "logits")

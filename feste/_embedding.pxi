@@ -26,7 +26,7 @@ def embedding_forward(cnp.ndarray out, cnp.ndarray ids, cnp.ndarray wte, cnp.nda
     k.out = output(&args, out, B * T, C, "out")
     k.wte = input(&args, wte, V, C, "wte")
     k.wpe = input(&args, wpe, block_size, C, "wpe")
-    k.ids = index(&args, ids, B, T, V, "ids")
+    k.ids = indices(&args, ids, B, T, V, "ids")
     k.B, k.T, k.C, k.position = B, T, C, position
     if position < 0 or position + T > block_size:
         raise ValueError(f"positions {position} .. {position + T - 1} lie outside wpe's 0 .. {block_size - 1}")
@@ -80,7 +80,7 @@ def embedding_backward(cnp.ndarray dwte, cnp.ndarray dwpe, cnp.ndarray dout, cnp
     k.dwte = output(&args, dwte, V, C, "dwte")
     k.dwpe = output(&args, dwpe, block_size, C, "dwpe")
     k.dout = input(&args, dout, B * T, C, "dout")
-    k.ids = index(&args, ids, B, T, V, "ids")
+    k.ids = indices(&args, ids, B, T, V, "ids")
     k.B, k.T, k.C = B, T, C
     if T > block_size:
         raise ValueError(f"{T} positions do not fit the {block_size} rows of dwpe")

@@ -24,11 +24,10 @@ except ImportError as error:  # the kernels are not compiled, or not for this CP
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 from feste import plan
-from feste.config import PRECISIONS, PRESETS, Config, Preset, TrainConfig
+from feste.config import FINETUNE, PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import Source
-from feste.data import split_tokens
 from feste.errors import FesteError
-from feste.evaluation import held_out_loss, perplexity
+from feste.evaluation import mean_loss, perplexity
 from feste.events import MODULES, Listeners, require_loggers
 from feste.formats import huggingface
 from feste.model import GPT2
@@ -75,8 +74,8 @@ def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
     """The flags of `feste train`: any preset, with any of its dials turned, on any text."""
     parser = argparse.ArgumentParser(prog=prog, description="Train a model.", epilog=EXAMPLES.format(prog),
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="the model and run to start from "
-                        "(default: tiny)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="the model and run to start from (default: tiny; with "
+                        "--from, the model's own shape and a small learning rate)")
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     parser.add_argument("--from", "--checkpoint", dest="checkpoint", metavar="PATH", help="fine-tune: begin with the "
                         "model of a checkpoint, of a run (its best), or of a directory of transformers")
@@ -90,7 +89,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "feste train") -> int:
     if args.list_presets:
         print(list_presets())
         return 0
-    return guarded(lambda: run_training(PRESETS[args.preset], args))
+    preset = PRESETS[args.preset or "tiny"] if args.preset or not args.checkpoint else FINETUNE
+    return guarded(lambda: run_training(preset, args))
 
 
 def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run], None] | None = None) -> int:
@@ -220,32 +220,34 @@ def _plan(preset: Preset, args: argparse.Namespace) -> Plan:
     source = _source(preset, args)
     info = {"name": preset.name, "source": args.data or str(source), "data_flags": source.to_dict()}
     if getattr(args, "checkpoint", None) is not None:
-        model, tokenizer, tokens, config = _of_checkpoint(preset, args, source, info)
+        model, tokenizer, data, config = _of_checkpoint(preset, args, source, info)
     else:
-        model, tokenizer, tokens, config = _fresh(preset, args, source)
-    the_plan = plan.new(model, tokenizer, tokens, config, args.run_dir, info=info)
+        model, tokenizer, data, config = _fresh(preset, args, source)
+    if source.is_pairs and args.sample_prompt is None:
+        config = replace(config, sample_prompt=data.sample_prompts(config, 1)[0] or config.sample_prompt)
+    the_plan = plan.new(model, tokenizer, data, config, args.run_dir, info=info)
     if the_plan.run_dir is None:
         the_plan.run_dir = _new_directory(preset, source, args.dry_run)
     return the_plan
 
 
 def _fresh(preset: Preset, args: argparse.Namespace, source: Source):
-    """Model, tokenizer, tokens and configuration of a run from nothing."""
+    """Model, tokenizer, tokens or pairs, and configuration of a run from nothing."""
     if args.run_dir is not None:
         plan.require_new(args.run_dir)  # before the tokenizer takes its time
     model_config = replace(preset.model, **_named(args, Config))
-    config = _train_config(preset, model_config, args)
-    tokens, tokenizer = source.load(model_config.vocab_size)
+    config = _train_config(preset, model_config, args, source)
+    data, tokenizer = source.load(model_config.vocab_size)
     if args.vocab_size is not None and args.vocab_size < tokenizer.vocab_size:
         raise FesteError(f"vocab_size={args.vocab_size} is less than the {tokenizer.vocab_size} tokens of {source}; "
                          "leave it out", "vocab_size")
     # The tokenizer decides: a text may yield fewer tokens, and a directory of tokens has its own.
     model = GPT2(replace(model_config, vocab_size=tokenizer.vocab_size), config.seed, config.precision)
-    return model, tokenizer, tokens, config
+    return model, tokenizer, data, config
 
 
 def _of_checkpoint(preset: Preset, args: argparse.Namespace, source: Source, info: dict):
-    """Model, tokenizer, tokens and configuration of a run that begins with the parameters of a checkpoint."""
+    """Model, tokenizer, tokens or pairs, and configuration of a run that begins with a checkpoint's parameters."""
     checkpoint = _starting_point(Path(args.checkpoint), args.precision)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if tokenizer is None:
@@ -253,10 +255,12 @@ def _of_checkpoint(preset: Preset, args: argparse.Namespace, source: Source, inf
     if source.tokenizer_chars is not None and args.tokenizer_chars is not None:
         raise FesteError("a checkpoint brings its own tokenizer; leave tokenizer_chars out", "tokenizer_chars")
     plan.require_same_model(model.config, _named(args, Config), str(checkpoint.path))
-    config = replace(_train_config(preset, model.config, args), precision=model.precision)
-    tokens, _ = source.load(tokenizer.vocab_size, tokenizer)
+    config = replace(_train_config(preset, model.config, args, source), precision=model.precision)
+    data, tokenizer = source.load(tokenizer.vocab_size, tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:  # it got an <|endoftext|>
+        model = model.with_vocabulary(tokenizer.vocab_size)
     info["parent"] = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.step}
-    return model, tokenizer, tokens, config
+    return model, tokenizer, data, config
 
 
 def _starting_point(path: Path, precision: str | None) -> Checkpoint:
@@ -267,9 +271,9 @@ def _starting_point(path: Path, precision: str | None) -> Checkpoint:
     return Checkpoint.load(find_checkpoint(path, prefer="best")[0], precision=precision)
 
 
-def _train_config(preset: Preset, model: Config, args: argparse.Namespace) -> TrainConfig:
+def _train_config(preset: Preset, model: Config, args: argparse.Namespace, source: Source) -> TrainConfig:
     named = _named(args, TrainConfig)
-    if preset.train.seq_len > model.block_size or args.block_size:
+    if preset.train.seq_len > model.block_size or args.block_size or source.is_pairs:  # which are as long as they are
         named.setdefault("seq_len", model.block_size)
     return replace(preset.train, **named)
 
@@ -313,11 +317,11 @@ def _resumed(args: argparse.Namespace) -> Plan:
                          "if only its beginning was used", "data")
     named_of_text = {name: value for name, value in _named(args, Source).items() if name != "data"}
     source = replace(source, **named_of_text)
-    tokens, _ = source.load(checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
+    data, _ = source.load(checkpoint.tokenizer.vocab_size, checkpoint.tokenizer)
     kept = {"name": info.get("name", "resumed"), "source": args.data or info.get("source", str(source)),
             "data_flags": source.to_dict()}
     kept |= {"parent": info["parent"]} if "parent" in info else {}
-    return plan.resumed(checkpoint, tokens, replace(saved, **named), args.run_dir or checkpoint.path.parent, kept)
+    return plan.resumed(checkpoint, data, replace(saved, **named), args.run_dir or checkpoint.path.parent, kept)
 
 
 # ---- start and end -----------------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ def _resumed(args: argparse.Namespace) -> Plan:
 
 def announce(the_plan: Plan) -> None:
     """The start-up lines."""
-    c, t, tokens = the_plan.model.config, the_plan.config, the_plan.tokens
+    c, t = the_plan.model.config, the_plan.config
     ops.set_num_threads(t.threads)
     for note in the_plan.notes:
         print(note)
@@ -337,11 +341,9 @@ def announce(the_plan: Plan) -> None:
     print(f"kernels: {ops.isa} ({ops.isa_reason}), {ops.get_num_threads()} threads, {t.precision}")
     if t.precision == "bf16" and ops.isa != "avx512":
         print("this CPU has no bfloat16 instructions: the same numbers, slower than fp32")
-    n_val = len(split_tokens(tokens, t.val_fraction)[1])
     chars = the_plan.info["data_flags"]["train_chars"]
     limit = f"at most {chars:,} characters of " if chars else ""
-    print(f"data: {limit}{the_plan.info['source']}: {len(tokens):,} tokens, the last {n_val:,} held out; "
-          f"{t.tokens_per_step:,} tokens a step ({t.batch_size} x {t.accumulation} sequences of {t.seq_len})")
+    print(f"data: {limit}{the_plan.info['source']}: {the_plan.data.describe(t)}")
     where = f"continues at step {the_plan.state.step + 1} in" if the_plan.resumed else "goes to"
     print(f"run: {t.num_steps:,} steps; {where} {the_plan.run_dir}, which takes up to "
           f"{disk_bytes(the_plan) / 1e6:,.0f} MB of disk", flush=True)
@@ -413,21 +415,23 @@ def finish(the_plan: Plan, result: TrainResult) -> int:
 
 def _held_out(the_plan: Plan) -> str:
     """The loss over the held-out part, in a line that says of how much of it."""
-    t = the_plan.config
-    tokens = split_tokens(the_plan.tokens, t.val_fraction)[1]
-    loss, n_windows = held_out_loss(the_plan.model, tokens, t.seq_len, t.batch_size, HELD_OUT_TOKENS)
-    whole = n_windows >= (len(tokens) - 1) // t.seq_len
-    of = "the whole held-out part" if whole else f"{n_windows:,} windows spread over the held-out part"
+    batches, of = the_plan.data.scored(the_plan.config, HELD_OUT_TOKENS)
+    loss = mean_loss(the_plan.model, batches)
     return f"loss over {of}: {loss:.4f} nats (perplexity {perplexity(loss):.2f})"
 
 
 def show_samples(the_plan: Plan) -> None:
-    """Continuations of a few prompts at a few temperatures. A model's words cannot steer the terminal."""
-    for prompt in PROMPTS:
-        ids = the_plan.tokenizer.encode(prompt)
-        for temperature in TEMPERATURES:
+    """Continuations of a few prompts at a few temperatures, or answers to held-out questions.
+
+    A model's words cannot steer the terminal.
+    """
+    questions, tokenizer = the_plan.data.sample_prompts(the_plan.config, len(PROMPTS)), the_plan.tokenizer
+    stop_tokens = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+    for prompt in questions or PROMPTS:
+        ids = tokenizer.encode(prompt)
+        for temperature in (0.0,) if questions else TEMPERATURES:
             new = the_plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=the_plan.config.seed,
-                                          vocab_size=the_plan.tokenizer.vocab_size)
+                                          vocab_size=tokenizer.vocab_size, stop_tokens=stop_tokens)
             print(f"\n--- temperature {temperature} ---\n{clean(the_plan.tokenizer.decode(new))}")
 
 

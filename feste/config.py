@@ -59,6 +59,7 @@ class Config:
         return _from_dict(cls, values)
 
 
+IGNORED = -100                                    # a target that the loss does not count, as in PyTorch
 PRECISIONS = ("fp32", "bf16")                     # of training
 GENERATION_PRECISIONS = (*PRECISIONS, "int8")     # of a model that is only asked
 
@@ -177,5 +178,10 @@ def _study_presets() -> list[Preset]:
         preset("short-context", "the long-context model with 128 tokens of context", 256, 4, 4, 128, 3e-4, 30_000),
     ]
 
+
+# What a run takes that begins with a trained model: a small rate, so that it does not forget; its shape is the model's.
+FINETUNE = Preset("finetune", "from a model that was trained", Config(),
+                  TrainConfig(200, 1e-4, 256, batch_size=4, val_interval=20, sample_interval=50,
+                              checkpoint_interval=100))
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _seed_presets() + _study_presets()}

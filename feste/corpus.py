@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import lzma
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from feste.errors import FesteError
+from feste.pairs import Pairs, looks_like_pairs, read_pairs
 from feste.text import read_text
-from feste.tokenizer import BPETokenizer
+from feste.tokenizer import END_OF_TEXT, BPETokenizer
 from feste.tokens import is_token_directory, load_tokens
 
 SHAKESPEARE = "the complete works of Shakespeare"
@@ -25,6 +27,7 @@ OWN_COPY = Path("data", "shakespeare.txt")  # comes first
 SHAKESPEARE_FILE = "shakespeare.txt.xz"
 SHAKESPEARE_SHA256 = "64d0f3aab6c2b9b92ced74b927a209a7fae861daf9d7ea72ede67519b43d83fe"
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
+PAIRS_NAMES = (".jsonl", ".ndjson")
 
 
 class CorpusError(FesteError):
@@ -88,12 +91,28 @@ class Source:
             return shakespeare_text()
         if self.is_tokens:
             raise CorpusError(f"{self.data} is a directory, not a text", "data")
-        if Path(self.data).name.lower().removesuffix(".gz").endswith(JSON_NAMES):
+        if self._names(JSON_NAMES):
             raise CorpusError(f"{self.data} holds JSON, of which every line or object is a text of its own", "prepare")
         return read_text(self.data, self.encoding, self.errors)
 
-    def load(self, vocab_size: int, tokenizer: BPETokenizer | None = None) -> tuple[np.ndarray, BPETokenizer]:
-        """The tokens, and the tokenizer: the given one, that of a directory of tokens, or one made for the text."""
+    def _names(self, endings: tuple[str, ...]) -> bool:
+        return self.data is not None and Path(self.data).name.lower().removesuffix(".gz").endswith(endings)
+
+    @cached_property
+    def is_pairs(self) -> bool:
+        """Whether it is a file of JSON lines that are questions and answers."""
+        if not self._names(PAIRS_NAMES) or self.is_tokens:
+            return False
+        return looks_like_pairs(read_text(self.data, self.encoding, self.errors))
+
+    def load(self, vocab_size: int,
+             tokenizer: BPETokenizer | None = None) -> tuple[np.ndarray | Pairs, BPETokenizer]:
+        """The tokens, or pairs, and the tokenizer: the given one, that of a directory of tokens, or one made for it.
+
+        Of pairs, a tokenizer without <|endoftext|> gets it.
+        """
+        if self.is_pairs:
+            return self._load_pairs(vocab_size, tokenizer)
         if self.is_tokens:
             if not is_token_directory(self.data):
                 raise CorpusError(f"{self.data} is a directory without tokens", "prepare")
@@ -106,6 +125,20 @@ class Source:
         if tokenizer is None:
             tokenizer = BPETokenizer.train(text[:self.tokenizer_chars], vocab_size)
         return tokenizer.encode_to_numpy(text[:self.train_chars]), tokenizer
+
+
+    def _load_pairs(self, vocab_size: int, tokenizer: BPETokenizer | None) -> tuple[Pairs, BPETokenizer]:
+        for name in ("train_chars", "tokenizer_chars"):
+            if getattr(self, name) is not None:
+                raise CorpusError(f"{name} is for texts, and {self.data} holds questions and answers; leave it out",
+                                  name)
+        examples = read_pairs(self.data, self.encoding, self.errors)
+        if tokenizer is None:
+            texts = ["".join(piece.text for piece in pieces) for pieces in examples.values()]
+            tokenizer = BPETokenizer.train(texts, vocab_size, [END_OF_TEXT])
+        elif tokenizer.end_of_text is None:
+            tokenizer = tokenizer.with_special_tokens(END_OF_TEXT)
+        return Pairs(examples, tokenizer), tokenizer
 
 
 def shakespeare_text() -> str:

@@ -1,13 +1,76 @@
-"""From one array of tokens to (B, T) windows: every batch is a pure function of (seed, step)."""
+"""What a run learns from: a text as one array of tokens, and its (B, T) windows.
+
+`Text` is what a run knows of it, as `pairs.Pairs` is of questions and answers: how it is split, its mini-batches (a
+pure function of (seed, step)), what is held out, and how it is described.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
+from feste.config import IGNORED, TrainConfig
 from feste.errors import FesteError
+
+HASH_BLOCK = 1 << 20  # tokens
+
+
+class Text:
+    """A text: one row of tokens, of which the last val_fraction are held out."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sha256(self) -> str:
+        """Of the ids, whatever their type; in blocks, for they may be a file that is larger than memory."""
+        digest = hashlib.sha256()
+        for i in range(0, len(self.tokens), HASH_BLOCK):
+            require_whole(self.tokens)
+            digest.update(np.ascontiguousarray(self.tokens[i:i + HASH_BLOCK], np.uint32))
+        return digest.hexdigest()
+
+    def split(self, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+        return split_tokens(self.tokens, config.val_fraction)
+
+    def require(self, config: TrainConfig) -> None:
+        """FesteError unless both parts hold a window of seq_len."""
+        train, held_out = self.split(config)
+        require_window(held_out, config.seq_len, f"the held-out part ({config.val_fraction:.0%} of the text)")
+        require_window(train, config.seq_len, "the training text")
+
+    def describe(self, config: TrainConfig) -> str:
+        return (f"{len(self):,} tokens, the last {len(self.split(config)[1]):,} held out; "
+                f"{config.tokens_per_step:,} tokens a step ({config.batch_size} x {config.accumulation} sequences of "
+                f"{config.seq_len})")
+
+    def batches(self, config: TrainConfig) -> Batches:
+        return Batches(self.split(config)[0], config.seq_len, config.seed)
+
+    def validation(self, config: TrainConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Mini-batches of val_windows windows, spread evenly over the held-out part."""
+        held_out = self.split(config)[1]
+        return window_batches(held_out, even_starts(held_out, config.seq_len, config.val_windows), config.seq_len,
+                              config.batch_size)
+
+    def scored(self, config: TrainConfig, most_tokens: int) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], str]:
+        """All windows of the held-out part, end to end, or as many as most_tokens allows, spread evenly; and a line
+        that says of what the score is."""
+        held_out, most = self.split(config)[1], max(1, most_tokens // config.seq_len)
+        starts, of = whole_starts(held_out, config.seq_len), "the whole held-out part"
+        if len(starts) > most:
+            starts, of = even_starts(held_out, config.seq_len, most), f"{most:,} windows spread over the held-out part"
+        return window_batches(held_out, starts, config.seq_len, config.batch_size), of
+
+    def sample_prompts(self, config: TrainConfig, count: int) -> list[str]:
+        """A text asks nothing."""
+        return []
 
 
 def split_tokens(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +136,18 @@ def windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.nd
     require_whole(tokens)
     both = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
     return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
+
+
+def window_batches(tokens: np.ndarray, starts: np.ndarray, seq_len: int,
+                   batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows as mini-batches, cut as they are needed, for the tokens may be a file that is larger than memory."""
+    for i in range(0, len(starts), batch_size):
+        yield windows(tokens, starts[i:i + batch_size], seq_len)
+
+
+def count_targets(targets: np.ndarray) -> int:
+    """How many targets the loss counts."""
+    return int(np.count_nonzero(targets != IGNORED))
 
 
 def whole_starts(tokens: np.ndarray, seq_len: int) -> np.ndarray:

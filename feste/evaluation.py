@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feste.data import even_starts, whole_starts, windows
+from feste.data import count_targets, even_starts, whole_starts, window_batches, windows
 
 if TYPE_CHECKING:
     from feste.model import GPT2
@@ -19,16 +20,14 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
-def mean_loss(model: GPT2, tokens: np.ndarray, starts: np.ndarray, seq_len: int, batch_size: int) -> float:
-    """Mean loss in nats per token over windows of seq_len tokens that begin at `starts`, batch_size at a time.
-
-    Windows are cut as they are needed, for the tokens may be a file that is larger than memory.
-    """
-    total = 0.0
-    for i in range(0, len(starts), batch_size):
-        ids, targets = windows(tokens, starts[i:i + batch_size], seq_len)
-        total += model.loss(ids, targets) * len(ids)
-    return total / len(starts)
+def mean_loss(model: GPT2, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean loss in nats per token that counts, over mini-batches (ids, targets)."""
+    total = tokens = 0
+    for ids, targets in batches:
+        counted = count_targets(targets)
+        total += model.loss(ids, targets) * counted
+        tokens += counted
+    return total / tokens
 
 
 def held_out_loss(model: GPT2, tokens: np.ndarray, seq_len: int, batch_size: int,
@@ -41,7 +40,7 @@ def held_out_loss(model: GPT2, tokens: np.ndarray, seq_len: int, batch_size: int
     most = max(1, most_tokens // seq_len)
     if len(starts) > most:
         starts = even_starts(tokens, seq_len, most)
-    return mean_loss(model, tokens, starts, seq_len, batch_size), len(starts)
+    return mean_loss(model, window_batches(tokens, starts, seq_len, batch_size)), len(starts)
 
 
 def bits_per_byte(model: GPT2, tokenizer: BPETokenizer, text: str, seq_len: int, batch_size: int = 8) -> float:
@@ -55,8 +54,8 @@ def bits_per_byte(model: GPT2, tokenizer: BPETokenizer, text: str, seq_len: int,
         raise ValueError(f"the held-out text has {len(ids)} tokens; at least 2 are needed to predict one")
     starts, nats = whole_starts(ids, seq_len), 0.0
     if len(starts):
-        nats += mean_loss(model, ids, starts, seq_len, batch_size) * len(starts) * seq_len
+        nats += mean_loss(model, window_batches(ids, starts, seq_len, batch_size)) * len(starts) * seq_len
     rest = len(ids) - 1 - len(starts) * seq_len
     if rest:
-        nats += mean_loss(model, ids, np.array([len(starts) * seq_len]), rest, 1) * rest
+        nats += mean_loss(model, [windows(ids, np.array([len(starts) * seq_len]), rest)]) * rest
     return nats / math.log(2.0) / len(tokenizer.decode_bytes(ids[1:]))

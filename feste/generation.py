@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -152,18 +152,23 @@ class Decoder:
         self._logits = ops.zeros(num_samples, config.vocab_size)
         self._decoding = weights if self.packing is None else self.packing.weights(weights)
 
-    def stream(self, prompt_ids, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
+    def stream(self, prompt_ids, max_new_tokens: int, sampler: Sampler,
+               stop_tokens: Iterable[int] = ()) -> Iterator[list[int]]:
         """The next token of each sequence, max_new_tokens times. FesteError, at once, for a prompt that is not one.
+
+        Ends early when every sequence has drawn one of stop_tokens; what one draws behind its own is of no meaning.
 
         The model sees the last block_size tokens. Positions are absolute, so once the context is full each token
         shifts all of them and the context is read again.
         """
-        return self._stream(self._check(prompt_ids, max_new_tokens), max_new_tokens, sampler)
+        return self._stream(self._check(prompt_ids, max_new_tokens), max_new_tokens, sampler, frozenset(stop_tokens))
 
-    def _stream(self, prompt: np.ndarray, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
+    def _stream(self, prompt: np.ndarray, max_new_tokens: int, sampler: Sampler,
+                stop_tokens: frozenset[int]) -> Iterator[list[int]]:
         B, block_size = self.num_samples, self.config.block_size
         context = np.tile(prompt[-block_size:], (B, 1))
         ids: list[int] = []
+        ended = [False] * B
         for _ in range(max_new_tokens):
             if not ids:
                 logits = self.read(context[:1])
@@ -173,6 +178,9 @@ class Decoder:
                 logits = self.append(new) if self.cache.length < block_size else self.read(context)
             ids = [sampler(logits[b % len(logits)]) for b in range(B)]
             yield ids
+            ended = [over or i in stop_tokens for over, i in zip(ended, ids, strict=True)]
+            if all(ended):
+                return
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Fill the cache from whole sequences (n, T), n = 1 or num_samples; the logits (n, V) of their last tokens."""

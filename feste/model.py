@@ -7,12 +7,14 @@ memory: head and loss go through HEAD_ROWS rows at a time. Nothing is allocated 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 
 from feste import ops, transformer
-from feste.config import GENERATION_PRECISIONS, Config
+from feste.config import GENERATION_PRECISIONS, IGNORED, Config
 from feste.errors import FesteError
 from feste.formats import huggingface
 from feste.generation import Decoder, Sampler
@@ -69,6 +71,19 @@ class GPT2:
         np.copyto(self._flat_params, state["flat_params"])
         np.copyto(self._flat_grads, state["flat_grads"])
 
+    def with_vocabulary(self, vocab_size: int) -> GPT2:
+        """This model with room for more tokens, whose embeddings begin as the mean of the others: as likely as any."""
+        if vocab_size < self.config.vocab_size:
+            raise FesteError(f"vocab_size={vocab_size} is less than the {self.config.vocab_size} tokens of the model",
+                             "vocab_size")
+        other = GPT2(replace(self.config, vocab_size=vocab_size), seed=None, precision=self.precision)
+        other.dropout_seed = self.dropout_seed
+        for name, values in self.params.items():
+            if other.params[name].shape != values.shape:
+                other.params[name] = values.mean(axis=0)
+            other.params[name][:len(values)] = values
+        return other
+
     def __repr__(self) -> str:
         c = self.config
         return (f"GPT2({self.num_parameters():,} parameters: vocab_size={c.vocab_size}, n_embd={c.n_embd}, "
@@ -118,16 +133,20 @@ class GPT2:
         return logits
 
     def loss(self, ids: np.ndarray, targets: np.ndarray) -> float:
-        """Mean negative log-likelihood in nats of targets (B, T) given ids (B, T), without dropout."""
+        """Mean negative log-likelihood in nats of targets (B, T) given ids (B, T), without dropout.
+
+        Targets of -100 are not counted.
+        """
         act = self._given(*self._check_pair(ids, targets), keep=False)
 
         def kernels() -> None:
             transformer.forward(self._pass(act), self._weights, act.ids)
-            for rows in _head_chunks(act.ids.size):
-                self._head_loss(act, rows)
+            counted = self._counted_rows(act)
+            for rows in _head_chunks(act.n_counted):
+                self._head_loss(act, counted, rows)
 
         act.perform((self.precision,), kernels)
-        return float(act.losses.mean(dtype=np.float64))
+        return float(act.losses[:act.n_counted].mean(dtype=np.float64))
 
     def zero_grad(self) -> None:
         self._flat_grads.fill(0.0)
@@ -135,6 +154,7 @@ class GPT2:
     def forward_backward(self, ids: np.ndarray, targets: np.ndarray, scale: float = 1.0, dropout_key: int = 0) -> float:
         """The mean loss in nats of targets (B, T) given ids (B, T); adds scale * its gradient to `grads`.
 
+        Targets of -100 are not counted: mini-batches that are to weigh as their tokens need a scale of their share.
         Dropout masks are a pure function of (the model's seed, dropout_key). ValueError as in `forward`.
         """
         if self.precision == "int8":
@@ -145,11 +165,11 @@ class GPT2:
         def kernels() -> None:
             run = self._pass(act, dropout)
             transformer.forward(run, self._weights, act.ids)
-            self._backward_head(act, scale / act.ids.size)
+            self._backward_head(act, scale / act.n_counted)
             transformer.backward(run, self._weights, self._gradients, act.ids)
 
         act.perform((self.precision, scale, dropout_key if dropout.p > 0.0 else None), kernels)
-        return float(act.losses.mean(dtype=np.float64))
+        return float(act.losses[:act.n_counted].mean(dtype=np.float64))
 
     def _pass(self, act: Activations, dropout: Dropout | None = None) -> Pass:
         return Pass(self.config, act, self._bf16, dropout or Dropout())
@@ -157,7 +177,9 @@ class GPT2:
     def _given(self, ids: np.ndarray, targets: np.ndarray, keep: bool) -> Activations:
         """The buffers of a pass over ids (B, T), with ids and targets in them."""
         act = self._buffers(*ids.shape, keep)
-        act.ids[...], act.targets[...] = ids, targets
+        act.take(ids, targets)
+        if act.n_counted == 0:
+            raise ValueError(f"no target counts: all of them are {IGNORED}")
         return act
 
     def _buffers(self, B: int, T: int, keep: bool) -> Activations:
@@ -173,82 +195,100 @@ class GPT2:
 
     # ---- the head -------------------------------------------------------------------------------------------
 
-    def _head_loss(self, act: Activations, rows: slice) -> np.ndarray:
-        """Logits (n, V) of some rows, in a shared buffer, and their losses: logits = ln_f @ head^T."""
+    def _counted_rows(self, act: Activations) -> np.ndarray:
+        """ln_f of the tokens that the loss counts, (n_counted, C). Others do not need the head, a third of the work."""
+        n, (rows, C) = act.n_counted, act.ln_f.shape
+        if n == rows:
+            return act.ln_f
+        counted = act.gelu.reshape(-1)[:n * C].reshape(n, C)  # free between the blocks' two passes
+        ops.gather_rows(counted, act.ln_f, act.counted[:n], n, rows, C)
+        return counted
+
+    def _head_loss(self, act: Activations, x: np.ndarray, rows: slice) -> np.ndarray:
+        """Logits (n, V) of some rows of x, in a shared buffer, and their losses: logits = x @ head^T."""
         c, n = self.config, rows.stop - rows.start
-        logits, targets = act.logits[:n], act.targets.reshape(-1)[rows]
-        ops.gemm(logits, act.ln_f[rows], self._weights.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=self._bf16)
+        logits, targets = act.logits[:n], act.targets[rows]
+        ops.gemm(logits, x[rows], self._weights.head, n, c.vocab_size, c.n_embd, trans_b=True, bf16=self._bf16)
         ops.cross_entropy_forward(act.losses[rows], act.lse[rows], logits, targets, n, c.vocab_size)
         return logits
 
     def _backward_head(self, act: Activations, scale: float) -> None:
-        """Losses of every row, the head's gradient, and act.dln (rows, C), that of ln_f."""
-        V, C, bf16 = self.config.vocab_size, self.config.n_embd, self._bf16
-        targets = act.targets.reshape(-1)
-        for rows in _head_chunks(targets.size):
-            n = rows.stop - rows.start
-            dlogits = logits = self._head_loss(act, rows)
+        """Losses of every counted row, the head's gradient, and act.dln (rows, C), that of ln_f."""
+        V, C, bf16, n_counted = self.config.vocab_size, self.config.n_embd, self._bf16, act.n_counted
+        x = self._counted_rows(act)
+        dx = act.dln if x is act.ln_f else act.gelu.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
+        for rows in _head_chunks(n_counted):
+            n, targets = rows.stop - rows.start, act.targets
+            dlogits = logits = self._head_loss(act, x, rows)
             # loss = cross_entropy(logits, targets); in place, for logits are the largest buffer
             ops.cross_entropy_backward(dlogits, logits, targets[rows], act.lse[rows], scale, n, V)
-            # logits = ln_f @ head^T
-            ops.gemm(act.dln[rows], dlogits, self._weights.head, n, C, V, bf16=bf16)
-            ops.gemm(self._gradients.head, dlogits, act.ln_f[rows], V, C, n, trans_a=True, accumulate=True, bf16=bf16)
+            # logits = x @ head^T
+            ops.gemm(dx[rows], dlogits, self._weights.head, n, C, V, bf16=bf16)
+            ops.gemm(self._gradients.head, dlogits, x[rows], V, C, n, trans_a=True, accumulate=True, bf16=bf16)
+        if dx is not act.dln:  # x = ln_f[counted]
+            ops.scatter_rows(act.dln, dx, act.counted[:n_counted], n_counted, len(act.dln), C)
 
     # ---- generation -----------------------------------------------------------------------------------------
 
     def generate(self, prompt_ids, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, seed: int | None = None, vocab_size: int | None = None) -> list[int]:
+                 top_p: float | None = None, seed: int | None = None, vocab_size: int | None = None,
+                 stop_tokens: Iterable[int] = ()) -> list[int]:
         """The prompt and max_new_tokens sampled tokens. Temperature 0 takes the most likely token.
 
         top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p; vocab_size draws from the
-        first so many tokens only, for a tokenizer that has fewer than the model. The model sees the last block_size
-        tokens.
+        first so many tokens only, for a tokenizer that has fewer than the model. The first of stop_tokens that is drawn
+        ends it and is left out. The model sees the last block_size tokens.
         """
-        new = self.generate_tokens(prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
+        new = self.generate_tokens(prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop_tokens)
         return [*map(int, prompt_ids), *new]
 
     def generate_tokens(self, prompt_ids, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                        top_p: float | None = None, seed: int | None = None,
-                        vocab_size: int | None = None) -> Iterator[int]:
+                        top_p: float | None = None, seed: int | None = None, vocab_size: int | None = None,
+                        stop_tokens: Iterable[int] = ()) -> Iterator[int]:
         """The new tokens of `generate`, one at a time."""
-        sampler = Sampler(temperature, top_k, top_p, seed, vocab_size)
-        return (ids[0] for ids in self.stream(prompt_ids, 1, max_new_tokens, sampler))
+        sampler, stop_tokens = Sampler(temperature, top_k, top_p, seed, vocab_size), frozenset(stop_tokens)
+        drawn = self.stream(prompt_ids, 1, max_new_tokens, sampler, stop_tokens)
+        return takewhile(lambda i: i not in stop_tokens, (ids[0] for ids in drawn))
 
     def generate_batch(self, prompt_ids, num_samples: int, max_new_tokens: int, temperature: float = 1.0,
                        top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-                       vocab_size: int | None = None) -> list[list[int]]:
+                       vocab_size: int | None = None, stop_tokens: Iterable[int] = ()) -> list[list[int]]:
         """num_samples continuations of one prompt, made together; each starts with the prompt."""
         if num_samples < 1:
             raise FesteError(f"num_samples must be at least 1, got {num_samples}", "num_samples")
-        sampler = Sampler(temperature, top_k, top_p, seed, vocab_size)
-        steps = list(self.stream(prompt_ids, num_samples, max_new_tokens, sampler))
-        return [[*map(int, prompt_ids), *(ids[b] for ids in steps)] for b in range(num_samples)]
+        sampler, stop_tokens = Sampler(temperature, top_k, top_p, seed, vocab_size), frozenset(stop_tokens)
+        steps = list(self.stream(prompt_ids, num_samples, max_new_tokens, sampler, stop_tokens))
+        return [[*map(int, prompt_ids), *takewhile(lambda i: i not in stop_tokens, (ids[b] for ids in steps))]
+                for b in range(num_samples)]
 
-    def stream(self, prompt_ids, num_samples: int, max_new_tokens: int, sampler: Sampler) -> Iterator[list[int]]:
-        """The next token of each of num_samples continuations of one prompt, max_new_tokens times."""
-        return self.decoder(num_samples).stream(prompt_ids, max_new_tokens, sampler)
+    def stream(self, prompt_ids, num_samples: int, max_new_tokens: int, sampler: Sampler,
+               stop_tokens: Iterable[int] = ()) -> Iterator[list[int]]:
+        """The next token of each of num_samples continuations of one prompt, as `Decoder.stream` has them."""
+        return self.decoder(num_samples).stream(prompt_ids, max_new_tokens, sampler, stop_tokens)
 
     def decoder(self, num_samples: int = 1) -> Decoder:
-        """What answers prompt after prompt. In bf16 and int8 it packs the weights only once, so they must not change."""
+        """What answers prompt after prompt. In bf16 and int8 it packs the weights once, so they must not change."""
         return Decoder(self.config, self._weights, self.precision, num_samples)
 
     # ---- the door -------------------------------------------------------------------------------------------
 
-    def _check_ids(self, ids: np.ndarray, name: str) -> np.ndarray:
-        """ids as a C-contiguous int32 array (B, T), or ValueError."""
+    def _check_ids(self, ids: np.ndarray, name: str, also: int = 0) -> np.ndarray:
+        """ids as a C-contiguous int32 array (B, T), or ValueError. `also` is allowed beside those of the vocabulary."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a (B, T) array of integers, got {ids.dtype} of shape {ids.shape}")
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"a sequence of {ids.shape[1]} tokens is longer than block_size={self.config.block_size}")
         low, high = ids.min(), ids.max()
+        if low == also:
+            low = ids.min(where=ids != also, initial=0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"{name} must lie in 0 .. {self.config.vocab_size - 1}, got {bad}")
         return np.ascontiguousarray(ids, np.int32)
 
     def _check_pair(self, ids: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        ids, targets = self._check_ids(ids, "ids"), self._check_ids(targets, "targets")
+        ids, targets = self._check_ids(ids, "ids"), self._check_ids(targets, "targets", IGNORED)
         if ids.shape != targets.shape:
             raise ValueError(f"ids and targets must have the same shape, got {ids.shape} and {targets.shape}")
         return ids, targets

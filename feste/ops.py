@@ -101,6 +101,7 @@ dropout_backward = _kernels.dropout_backward
 dropout_forward = _kernels.dropout_forward
 embedding_backward = _kernels.embedding_backward
 embedding_forward = _kernels.embedding_forward
+gather_rows = _kernels.gather_rows
 gelu_backward = _kernels.gelu_backward
 gelu_forward = _kernels.gelu_forward
 gemm = _kernels.gemm
@@ -118,6 +119,7 @@ quantize_weight = _kernels.quantize_weight
 quantized_forward = _kernels.quantized_forward
 quantized_size = _kernels.quantized_size
 round_bf16 = _kernels.round_bf16
+scatter_rows = _kernels.scatter_rows
 set_num_threads = _kernels.set_num_threads
 sum_of_squares = _kernels.sum_of_squares
 

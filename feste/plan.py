@@ -6,7 +6,6 @@ fields of the configuration and arguments; what they are called on a command lin
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field, replace
@@ -15,16 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from feste.config import Config, TrainConfig
-from feste.data import require_whole, require_window, split_tokens
+from feste.data import Text
 from feste.errors import FesteError
 from feste.model import GPT2
 from feste.optim import AdamW
+from feste.pairs import Pairs
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint, require_free, require_new
 from feste.run.follow import read_info
 from feste.tokenizer import BPETokenizer
 
-HASH_BLOCK = 1 << 20  # tokens
 # What a resumed run may change. Everything else would make it another run.
 CHANGEABLE = {"num_steps", "learning_rate", "patience", "threads", "keep_last", "checkpoint_interval", "on_nan"}
 
@@ -53,7 +52,7 @@ class RunState:
 class Plan:
     """A run that is ready to start.
 
-    tokens: 1-D array of the whole text. state: where it begins, behind the last step of the run that it resumes.
+    data: the whole text, or all pairs. state: where it begins, behind the last step of the run that it resumes.
     run_dir: None for a run that leaves nothing on the disk. origin: the directory of the run that is resumed.
     info: what run.json says beside the rest. notes: what a person should know, a line each.
     """
@@ -61,7 +60,7 @@ class Plan:
     model: GPT2
     tokenizer: BPETokenizer
     optimizer: AdamW
-    tokens: np.ndarray
+    data: Text | Pairs
     config: TrainConfig
     run_dir: Path | None = None
     state: RunState = field(default_factory=RunState)
@@ -74,19 +73,17 @@ class Plan:
         if self.config.seq_len > block_size:
             raise FesteError(f"seq_len={self.config.seq_len} is beyond the model's block_size={block_size}",
                              "seq_len", "block_size")
-        train, held_out = split_tokens(self.tokens, self.config.val_fraction)
-        require_window(held_out, self.config.seq_len, f"the held-out part ({self.config.val_fraction:.0%} of the text)")
-        require_window(train, self.config.seq_len, "the training text")
+        self.data.require(self.config)
         if not self.config.sample_prompt:
             raise FesteError("sample_prompt must not be empty", "sample_prompt")
-        self.corpus_sha256 = _sha256(self.tokens)
+        self.corpus_sha256 = self.data.sha256()
 
     @property
     def resumed(self) -> bool:
         return self.origin is not None
 
 
-def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, config: TrainConfig,
+def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs, config: TrainConfig,
         run_dir: Path | None = None, optimizer: AdamW | None = None, info: dict | None = None) -> Plan:
     """A run from its first step, of a model as it is: fresh, or with the parameters of another run to fine-tune.
 
@@ -94,12 +91,12 @@ def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, config: Tr
     """
     if run_dir is not None:
         require_new(run_dir)
-    tokens = tokens_of(model.config, tokenizer, text)
+    data = data_of(model.config, tokenizer, text)
     if optimizer is None:
         optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     elif optimizer.model is not model:
         raise FesteError("the optimizer is that of another model; make one with AdamW(model)", "optimizer")
-    plan = Plan(model, tokenizer, optimizer, tokens, config, run_dir, info=info or {})
+    plan = Plan(model, tokenizer, optimizer, data, config, run_dir, info=info or {})
     model.dropout_seed = config.seed
     return plan
 
@@ -120,7 +117,7 @@ def checkpoint_to_resume(path: Path, run_dir: Path | None = None) -> Checkpoint:
     return Checkpoint.load(found)
 
 
-def resumed(checkpoint: Checkpoint, text: str | np.ndarray, config: TrainConfig, run_dir: Path | None = None,
+def resumed(checkpoint: Checkpoint, text: str | np.ndarray | Pairs, config: TrainConfig, run_dir: Path | None = None,
             info: dict | None = None) -> Plan:
     """The run of a checkpoint from its next step on, to the bit. run_dir: the directory of that run, or a new one.
 
@@ -129,8 +126,8 @@ def resumed(checkpoint: Checkpoint, text: str | np.ndarray, config: TrainConfig,
     """
     saved = require_resumable(checkpoint)
     require_same_run(saved, checkpoint.model.config, config.to_dict(), {})
-    tokens = tokens_of(checkpoint.model.config, checkpoint.tokenizer, text)
-    plan = Plan(checkpoint.model, checkpoint.tokenizer, checkpoint.optimizer, tokens, config, run_dir,
+    data = data_of(checkpoint.model.config, checkpoint.tokenizer, text)
+    plan = Plan(checkpoint.model, checkpoint.tokenizer, checkpoint.optimizer, data, config, run_dir,
                 RunState.of(checkpoint), checkpoint.path and checkpoint.path.parent, info or {},
                 _what_changes(saved, config, checkpoint.step))
     if checkpoint.trainer_state.get("corpus_sha256") != plan.corpus_sha256:
@@ -140,7 +137,7 @@ def resumed(checkpoint: Checkpoint, text: str | np.ndarray, config: TrainConfig,
 
 
 def resumed_in(model: GPT2, tokenizer: BPETokenizer, optimizer: AdamW | None, checkpoint: Checkpoint,
-               text: str | np.ndarray, config: TrainConfig, run_dir: Path | None = None,
+               text: str | np.ndarray | Pairs, config: TrainConfig, run_dir: Path | None = None,
                info: dict | None = None) -> Plan:
     """`resumed`, with the state of the checkpoint moved into a model and an optimizer that the caller holds."""
     saved = require_resumable(checkpoint)
@@ -206,29 +203,22 @@ def _what_changes(saved: TrainConfig, config: TrainConfig, step: int) -> list[st
     return notes
 
 
-def tokens_of(config: Config, tokenizer: BPETokenizer, text: str | np.ndarray) -> np.ndarray:
-    """A text, or an array of token ids, as tokens that fit the model."""
+def data_of(config: Config, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs) -> Text | Pairs:
+    """A text, an array of token ids, or pairs, as tokens that fit the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise FesteError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
                          "use the tokenizer the model was made for", "vocab_size")
+    if isinstance(text, Pairs):
+        return text
     if isinstance(text, str):
-        return tokenizer.encode_to_numpy(text)
+        return Text(tokenizer.encode_to_numpy(text))
     if not isinstance(text, np.ndarray) or text.ndim != 1 or text.dtype.kind not in "iu":
-        raise FesteError("text must be a str or a 1-D array of integer token ids", "text")
+        raise FesteError("text must be a str, a 1-D array of integer token ids, or Pairs", "text")
     if text.dtype.itemsize > 4 and text.size and not 0 <= text.min() <= text.max() < config.vocab_size:
         # Smaller types are left to the model, which checks every batch; these would be cut to 32 bits on the way.
         bad = text.min() if text.min() < 0 else text.max()
         raise FesteError(f"token ids must lie in 0 .. {config.vocab_size - 1}, the text has {bad}", "text")
-    return text
-
-
-def _sha256(tokens: np.ndarray) -> str:
-    """Of the ids, whatever their type; in blocks, for they may be a file that is larger than memory."""
-    digest = hashlib.sha256()
-    for i in range(0, len(tokens), HASH_BLOCK):
-        require_whole(tokens)
-        digest.update(np.ascontiguousarray(tokens[i:i + HASH_BLOCK], np.uint32))
-    return digest.hexdigest()
+    return Text(text)
 
 
 def with_settings(config: TrainConfig | None, settings: dict) -> TrainConfig:

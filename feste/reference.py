@@ -300,6 +300,18 @@ def attention_decode(out, k_cache, v_cache, qkv, B, H, D, position, block_size):
 # ---- softmax cross-entropy ---------------------------------------------------------------------------------
 
 
+def gather_rows(out, x, index, n, rows, C):
+    """out (n, C) = x (rows, C)[index (n)]."""
+    out.reshape(n, C)[:] = x.reshape(rows, C)[index.reshape(-1)]
+
+
+def scatter_rows(out, x, index, n, rows, C):
+    """out (rows, C) = 0, but out[index (n)] = x (n, C): the gradient of gather_rows where no row is named twice."""
+    out = out.reshape(rows, C)
+    out[:] = 0.0
+    out[index.reshape(-1)] = x.reshape(n, C)
+
+
 def cross_entropy_forward(losses, lse, logits, targets, rows, V):
     """losses (rows) = lse - logits[target], in nats; lse (rows) = log(sum(exp(logits))), logits (rows, V)."""
     logits = logits.reshape(rows, V)

@@ -102,6 +102,9 @@ def _groups(texts: Iterable[str]) -> Iterator[Documents]:
         yield Documents.of(group)
 
 
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's special token behind each document, and behind each answer
+
+
 class BPETokenizer:
     """A byte-level BPE tokenizer. Make one with `train`, `load` or `from_json`.
 
@@ -186,6 +189,17 @@ class BPETokenizer:
             warnings.warn(f"the text yields only {tokenizer.vocab_size} tokens, not the {vocab_size} asked for: "
                           "no pair is left to merge", stacklevel=2)
         return tokenizer
+
+    def with_special_tokens(self, *special_tokens: str) -> BPETokenizer:
+        """This tokenizer with more special tokens, which get the next ids; ordinary text is cut as before."""
+        new = [token for token in dict.fromkeys(special_tokens) if token not in self.special_tokens]
+        ids = {token: self.vocab_size + i for i, token in enumerate(new)}
+        return type(self)([*self.tokens, *map(_utf8, new)], self.merges, self.special_tokens | ids)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of <|endoftext|>, or None for a tokenizer without it."""
+        return self.special_tokens.get(END_OF_TEXT)
 
     # ---- encoding -------------------------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ from feste.tokenizer import BPETokenizer
 
 INDEX, JOURNAL, TOKENS, TOKENIZER, SKIPPED, LOCK = ("tokens.json", "journal.json", "tokens.bin", "tokenizer.json",
                                                     "skipped.txt", ".lock")
-END_OF_TEXT = "<|endoftext|>"  # stands behind each document, if the tokenizer has it
 LAYOUTS = ("nanogpt", "llm.c")
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
 
@@ -175,8 +174,8 @@ class TokenWriter:
             raise TokensError(f"the layout of llm.c has two bytes a token, too few for {tokenizer.vocab_size} ids; "
                               "use the layout nanogpt", "layout")
         self.header = LLMC_HEADER_BYTES if layout == "llm.c" else 0
-        known = END_OF_TEXT in tokenizer.special_tokens
-        self._end = np.array([tokenizer.special_tokens[END_OF_TEXT]] if known else [], self.dtype)
+        end = tokenizer.end_of_text
+        self._end = np.array([] if end is None else [end], self.dtype)  # behind each document
 
     def __enter__(self) -> TokenWriter:
         self._file = _open_at(self.path / TOKENS, self.header + self.journal.tokens * self.dtype.itemsize)

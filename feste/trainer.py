@@ -16,17 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from feste import ops, plan
 from feste.config import TrainConfig
-from feste.data import Batches, even_starts, split_tokens
+from feste.data import count_targets
 from feste.errors import FesteError
 from feste.evaluation import mean_loss, perplexity
 from feste.model import GPT2
 from feste.optim import AdamW, learning_rate_at
+from feste.pairs import Pairs
 from feste.plan import Plan
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import RunDirectory
@@ -65,12 +67,12 @@ class TrainResult:
     held_up_seconds: float = 0.0
 
 
-def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray, num_steps: int | None = None,
+def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs, num_steps: int | None = None,
                learning_rate: float | None = None, seq_len: int | None = None,
                run_dir: str | os.PathLike | None = None, *, config: TrainConfig | None = None,
                optimizer: AdamW | None = None, resume: Checkpoint | str | os.PathLike | None = None,
                on_step: Callable[[dict], None] | None = None, info: dict | None = None, **settings) -> TrainResult:
-    """Train a model on a text, or on a 1-D array of token ids.
+    """Train a model on a text, on a 1-D array of token ids, or on questions and answers (`pairs.Pairs`).
 
     num_steps, learning_rate, seq_len and settings, which are the other fields of TrainConfig, replace those of config;
     without a config the three must be given. With run_dir, the run is logged and checkpointed there; info is added to
@@ -125,18 +127,22 @@ def training_loop(run: Run) -> None:
         learning_rate = learning_rate_at(step, run.config)
         record = run.record(learning_rate, *_update(run, step, learning_rate))
         if run.due(run.config.val_interval):
-            record["val_loss"] = mean_loss(run.model, run.val_tokens, run.val_starts, run.config.seq_len,
-                                           run.config.batch_size)
+            record["val_loss"] = mean_loss(run.model, run.validation())
         if run.due(run.config.sample_interval):
             record["sample"] = _sample(run, step)
         run.keep(record)
 
 
 def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
-    """One AdamW update from the mini-batches of a step; its mean loss, and the gradient norm before clipping."""
+    """One AdamW update from the mini-batches of a step; its mean loss, and the gradient norm before clipping.
+
+    A mini-batch weighs as many tokens as it has that count, so a step is that of one large batch.
+    """
     count, loss = run.config.accumulation, 0.0
-    for i, (ids, targets) in enumerate(run.batches.batch(step, run.config.batch_size, count)):
-        loss += run.model.forward_backward(ids, targets, 1.0 / count, (step - 1) * count + i) / count
+    batches = run.batches.batch(step, run.config.batch_size, count)
+    weights = np.array([count_targets(targets) for _, targets in batches])
+    for i, ((ids, targets), share) in enumerate(zip(batches, weights / weights.sum(), strict=True)):
+        loss += run.model.forward_backward(ids, targets, share, (step - 1) * count + i) * share
     if not math.isfinite(loss):
         return loss, math.nan
     return loss, run.optimizer.step(learning_rate, run.config.clip_norm, zero_grad=True)
@@ -145,23 +151,23 @@ def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
 def _sample(run: Run, step: int) -> str:
     """Text of the model; it has a seed of its own, so that it does not disturb the run."""
     ids = run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE, seed=run.config.seed + step,
-                             vocab_size=run.tokenizer.vocab_size)
+                             vocab_size=run.tokenizer.vocab_size, stop_tokens=run.stop_tokens)
     return run.tokenizer.decode(ids)
 
 
 class Run:
     """A plan under way: what a loop needs for a step, and what is kept of it. A context that ends with the run.
 
-    batches: the mini-batches of every step. val_tokens, val_starts: the held-out tokens and where the validation
-    windows begin in them. prompt: ids of the text that samples continue. state: where the run stands.
+    batches: the mini-batches of every step; validation(): those that are held out. prompt: ids of the text that samples
+    continue; stop_tokens: those that end one. state: where the run stands.
     """
 
     def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> None:
         self.plan, self.config, self.state, self.on_step = the_plan, the_plan.config, the_plan.state, on_step
         self.model, self.tokenizer, self.optimizer = the_plan.model, the_plan.tokenizer, the_plan.optimizer
-        train_tokens, self.val_tokens = split_tokens(the_plan.tokens, self.config.val_fraction)
-        self.batches = Batches(train_tokens, self.config.seq_len, self.config.seed)
-        self.val_starts = even_starts(self.val_tokens, self.config.seq_len, self.config.val_windows)
+        self.batches = the_plan.data.batches(self.config)
+        self.validation = partial(the_plan.data.validation, self.config)
+        self.stop_tokens = () if self.tokenizer.end_of_text is None else (self.tokenizer.end_of_text,)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
         self.stop, self.ending = _StopSignals(), "finished"
         self._elapsed_before, self._started = self.state.elapsed_seconds, time.perf_counter()
@@ -185,7 +191,7 @@ class Run:
     def description(self) -> dict:
         """The part of run.json that does not change."""
         return {"model": self.model.config.to_dict(), "train": self.config.to_dict(),
-                "parameters": self.model.num_parameters(), "tokens": len(self.plan.tokens),
+                "parameters": self.model.num_parameters(), "tokens": len(self.plan.data),
                 "tokens_per_step": self.config.tokens_per_step, "planned_steps": self.config.num_steps,
                 "corpus_sha256": self.plan.corpus_sha256, "feste": __version__, "isa": ops.isa,
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,

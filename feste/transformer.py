@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from feste import ops
-from feste.config import Config
+from feste.config import IGNORED, Config
 
 HEAD_ROWS = 512  # rows whose logits are in memory at once: V = 50,257 makes 100 MB of them, and 8,192 rows 1.6 GB
 EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block that have dropout
@@ -69,7 +69,10 @@ class Activations:
     """The buffers of one pass over B sequences of T tokens, as the tables below say.
 
     With keep, every block has a set of its own, as the backward pass needs them, and there are gradients; without, all
-    blocks share one set. `nbytes_of` counts what would be taken. ids and targets (B, T) int32 are the pass's input.
+    blocks share one set. `nbytes_of` counts what would be taken.
+
+    ids (B, T) int32 are the pass's input; the loss is the mean over n_counted tokens, whose targets and whose rows,
+    `counted`, are the first so many of those buffers.
     """
 
     @staticmethod
@@ -98,7 +101,9 @@ class Activations:
 
     def __init__(self, config: Config, B: int, T: int, keep: bool) -> None:
         self.shape = (B, T)
-        self.ids, self.targets = ops.zeros(B, T, dtype=np.int32), ops.zeros(B, T, dtype=np.int32)
+        self.ids = ops.zeros(B, T, dtype=np.int32)
+        self.targets, self.counted = ops.zeros(B * T, dtype=np.int32), ops.zeros(B * T, dtype=np.int32)
+        self.n_counted = 0
         self._recorded: tuple[tuple, ops.Recording] | None = None
         shared, block, gradients = self._tables(config, B, T, keep)
         for name, shape in {**shared, **gradients}.items():
@@ -107,13 +112,21 @@ class Activations:
                 for _ in range(config.n_layers if keep else 1)]
         self.blocks = sets if keep else sets * config.n_layers
 
+    def take(self, ids: np.ndarray, targets: np.ndarray) -> None:
+        """The input of the next pass: ids and targets (B, T), of which those that are IGNORED do not count."""
+        self.ids[...] = ids
+        targets = targets.reshape(-1)
+        counted = np.flatnonzero(targets != IGNORED)
+        self.n_counted = len(counted)
+        self.counted[:self.n_counted], self.targets[:self.n_counted] = counted, targets[counted]
+
     def perform(self, settings: tuple, kernels: Callable[[], None]) -> None:
         """Run the kernels that `kernels` calls on these buffers, all of them by one team of threads.
 
         The buffers and their order are always the same, so they are noted down once, and again only if one of the
         settings has changed: whatever numbers the kernels are called with.
         """
-        settings = (*settings, ops.get_num_threads())
+        settings = (*settings, self.n_counted, ops.get_num_threads())
         if self._recorded is None or self._recorded[0] != settings:
             with ops.Recording() as recording:
                 kernels()
@@ -126,7 +139,7 @@ class Activations:
         shared, block, gradients = ({name: math.prod(shape) for name, shape in table.items()}
                                     for table in cls._tables(config, B, T, keep))
         floats = sum(shared.values()) + sum(gradients.values()) + sum(block.values()) * (config.n_layers if keep else 1)
-        return floats * np.dtype(np.float32).itemsize + 2 * B * T * np.dtype(np.int32).itemsize  # ids and targets
+        return floats * np.dtype(np.float32).itemsize + 3 * B * T * np.dtype(np.int32).itemsize
 
     @classmethod
     def _tables(cls, config: Config, B: int, T: int, keep: bool) -> tuple[dict, dict, dict]:

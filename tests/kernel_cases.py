@@ -256,6 +256,16 @@ def decode_cases() -> Iterator[Case]:
 # ---- loss and optimizer ------------------------------------------------------------------------------------
 
 
+def row_cases() -> Iterator[Case]:
+    for n, rows, C in [(1, 1, 1), (3, 7, 5), (40, 40, 16), (300, 1000, 65)]:
+        index = RNG.permutation(rows)[:n].astype(np.int32)
+        sizes = {"n": n, "rows": rows, "C": C}
+        yield Case("gather_rows", {"out": normal(n, C), "x": normal(rows, C), "index": index} | sizes, ("out",),
+                   lambda args, results: {"out": np.zeros_like(results["out"])}, f"{n}x{rows}x{C}")
+        yield Case("scatter_rows", {"out": normal(rows, C), "x": normal(n, C), "index": index} | sizes, ("out",),
+                   lambda args, results: {"out": np.zeros_like(results["out"])}, f"{n}x{rows}x{C}")
+
+
 def cross_entropy_cases() -> Iterator[Case]:
     for rows, V in [(1, 1), (3, 2), (5, 61), (9, 512), (4, 1537)]:
         logits, targets = normal(rows, V) * 5, indices(V, rows)
@@ -303,5 +313,5 @@ def rounding_cases() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     makers = (gemm_cases, linear_cases, embedding_cases, layernorm_cases, gelu_cases, dropout_cases, attention_cases,
-              decode_cases, cross_entropy_cases, optimizer_cases, rounding_cases)
+              decode_cases, row_cases, cross_entropy_cases, optimizer_cases, rounding_cases)
     return [case for maker in makers for case in maker()]

@@ -10,6 +10,7 @@ import pexpect
 import pytest
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config
+from feste.generation import Decoder
 from feste.terminal import clean
 from tools.repl.answers import DIALS, Answer, LoadedModel, Settings
 from tools.repl.loop import COMMANDS, Repl, read_prompt, telling_names, token_text

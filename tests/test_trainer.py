@@ -22,8 +22,8 @@ from feste import (
     Config,
     TrainConfig,
     cli,
+    data,
     ops,
-    plan,
     read_info,
     read_rows,
     train_gpt2,
@@ -227,10 +227,10 @@ def test_training_on_token_ids_is_training_on_their_text():
 
 
 def test_the_hash_of_a_corpus_is_that_of_its_ids(monkeypatch):
-    monkeypatch.setattr(plan, "HASH_BLOCK", 7)
+    monkeypatch.setattr(data, "HASH_BLOCK", 7)
     ids = np.arange(50)
     expected = hashlib.sha256(ids.astype(np.uint32)).hexdigest()
-    assert {plan._sha256(ids.astype(kind)) for kind in (np.uint16, np.int32, np.int64)} == {expected}
+    assert {data.Text(ids.astype(kind)).sha256() for kind in (np.uint16, np.int32, np.int64)} == {expected}
 
 
 # ---- the command line --------------------------------------------------------------------------------------

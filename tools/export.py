@@ -17,7 +17,7 @@ from feste.run.directory import find_checkpoint
 from feste.run.follow import read_info
 from feste.run.names import is_run
 from feste.terminal import clean_line
-from feste.tokens import END_OF_TEXT
+from feste.tokenizer import END_OF_TEXT
 
 HINTS = {"output": "choose another directory with -o", "quantize": "use --quantize f16",
          "format": "or use --format hf"}
@@ -41,7 +41,7 @@ def export(path: Path, output: Path, form: str, quantization: str) -> list[Path]
     run = checkpoint.path.parent
     name = run.name if is_run(run) else checkpoint.path.stem
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    end = tokenizer.end_of_text
     if form == "gguf":
         file = output / f"{name}-{quantization}.gguf"
         gguf_file.write(file, name, model.config, model.params, tokenizer.parts, end, quantization)

@@ -26,8 +26,8 @@ from feste.cli import guarded
 from feste.documents import ON_BAD_LINE, Reading, files_of, hash_of, pieces
 from feste.errors import FesteError
 from feste.text import ERRORS, TextFile
-from feste.tokenizer import BPETokenizer
-from feste.tokens import END_OF_TEXT, LAYOUTS, SKIPPED, TOKENIZER, Journal, TokenDirectory, TokenWriter
+from feste.tokenizer import END_OF_TEXT, BPETokenizer
+from feste.tokens import LAYOUTS, SKIPPED, TOKENIZER, Journal, TokenDirectory, TokenWriter
 
 HINTS = {"data": "name text files or JSON lines", "encoding": "name the encoding with --encoding",
          "errors": "use --errors replace", "json_field": "name the field that holds the text with --json-field",
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
         raise FesteError(f"a vocabulary must have at least 257 tokens, the bytes and {END_OF_TEXT}; got "
                          f"{args.vocab_size}", "vocab_size")
     tokenizer = BPETokenizer.load(args.tokenizer) if args.tokenizer else None
-    if tokenizer and END_OF_TEXT not in tokenizer.special_tokens:
+    if tokenizer and tokenizer.end_of_text is None:
         print(f"note: the tokenizer has no {END_OF_TEXT}; nothing will stand between documents", file=sys.stderr)
     reading = Reading(args.json_field, args.encoding, args.errors, args.on_bad_line)
     index = prepare(files_of(args.files), args.output, reading, tokenizer, args.vocab_size, args.layout)

@@ -7,10 +7,13 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from feste import BPETokenizer, Checkpoint, Sampler, find_checkpoint, ops, perplexity
 from feste.errors import FesteError
 from feste.generation import Decoder
+from feste.pairs import ANSWER, ask
+from feste.tokenizer import END_OF_TEXT
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -115,23 +118,33 @@ class LoadedModel:
 class Answer:
     """Continuations of a prompt of one model, as many as settings.samples, made together.
 
-    Iterating makes a token of each and yields the pieces of text that are complete with it.
+    Iterating makes a token of each and yields the pieces of text that are complete with it. A continuation ends at
+    <|endoftext|>. ids: what the model reads, if it is not the prompt alone.
     """
 
-    def __init__(self, loaded: LoadedModel, prompt: str, settings: Settings, seed: int) -> None:
+    def __init__(self, loaded: LoadedModel, prompt: str, settings: Settings, seed: int,
+                 ids: list[int] | None = None) -> None:
         self.loaded, self.settings, self.seed = loaded, settings, seed
-        self.ids = loaded.tokenizer.encode(prompt)
+        self.ids = loaded.tokenizer.encode(prompt) if ids is None else ids
         self.texts = [""] * settings.samples
+        self.drawn: list[list[int]] = [[] for _ in self.texts]
         self.tokens, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[list[str]]:
-        decoders = [self.loaded.tokenizer.stream_decoder() for _ in self.texts]
+        tokenizer, ended = self.loaded.tokenizer, [False] * len(self.texts)
+        decoders = [tokenizer.stream_decoder() for _ in self.texts]
+        stop_tokens = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
         begun = time.perf_counter()
         # A model may have room for more tokens than its tokenizer knows.
-        sampler = self.settings.sampler(self.seed, self.loaded.tokenizer.vocab_size)
-        for ids in self.loaded.decoder(self.settings.samples).stream(self.ids, self.settings.tokens, sampler):
-            pieces = [decoder.feed(i) for decoder, i in zip(decoders, ids, strict=True)]
-            self.tokens += len(ids)
+        sampler = self.settings.sampler(self.seed, tokenizer.vocab_size)
+        decoder = self.loaded.decoder(self.settings.samples)
+        for ids in decoder.stream(self.ids, self.settings.tokens, sampler, stop_tokens):
+            ended = [over or i in stop_tokens for over, i in zip(ended, ids, strict=True)]
+            pieces = [""] * len(ids)
+            for n in (n for n, over in enumerate(ended) if not over):
+                pieces[n] = decoders[n].feed(ids[n])
+                self.drawn[n].append(ids[n])
+                self.tokens += 1
             self.seconds += time.perf_counter() - begun
             yield self._add(pieces)
             begun = time.perf_counter()
@@ -144,3 +157,27 @@ class Answer:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Conversation:
+    """What was asked and answered so far, in the words that a model was fine-tuned on, see `feste.pairs`.
+
+    The oldest turns are forgotten when the model's context has no room for them, the question and an answer.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        if loaded.tokenizer.end_of_text is None:
+            raise ValueError(f"the tokenizer of {loaded.name} has no {END_OF_TEXT}, so the model was not taught to "
+                             "end an answer; /chat is for models that were fine-tuned on questions and answers")
+        self.loaded, self.turns = loaded, []
+
+    def ask(self, question: str, tokens: int) -> list[int]:
+        """The ids that end where the answer to a question begins, of at most `tokens` tokens."""
+        self._question = self.loaded.tokenizer.encode(f"{ask('user', question)}{ANSWER}")
+        room = self.loaded.model.config.block_size - tokens - len(self._question)
+        while self.turns and sum(map(len, self.turns)) > room:
+            self.turns.pop(0)
+        return [*chain(*self.turns), *self._question]
+
+    def answered(self, ids: list[int]) -> None:
+        self.turns.append([*self._question, *ids, self.loaded.tokenizer.end_of_text])

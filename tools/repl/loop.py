@@ -20,7 +20,7 @@ from rich.text import Text
 
 from feste.terminal import clean, shorten
 
-from .answers import DIALS, Answer, LoadedModel, Settings
+from .answers import DIALS, Answer, Conversation, LoadedModel, Settings
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
 FRAMES_PER_SECOND = 12
@@ -34,6 +34,7 @@ class Repl:
         self.names = telling_names([loaded.name for loaded in models])
         self.console = Console(stderr=not interactive, highlight=False)
         self.prompt: str | None = None
+        self.conversations: list[Conversation] = []  # with each model, while /chat is on
         self.transcript: list[str] = []
         self.done = False
 
@@ -69,7 +70,11 @@ class Repl:
 
     def answer(self, prompt: str) -> None:
         seed = secrets.randbelow(1 << 32) if self.settings.seed is None else self.settings.seed
-        answers = [Answer(loaded, prompt, self.settings, seed) for loaded in self.models]
+        if self.conversations and self.settings.samples > 1:
+            raise ValueError("a conversation goes on with one answer; /samples 1, or /chat off")
+        asked = [chat.ask(prompt, self.settings.tokens) for chat in self.conversations] or [None] * len(self.models)
+        answers = [Answer(loaded, prompt, self.settings, seed, ids)
+                   for loaded, ids in zip(self.models, asked, strict=True)]
         self.prompt = prompt
         for answer in answers:
             self._say_if_cut(answer)
@@ -83,6 +88,8 @@ class Repl:
                 raise
             stopped = "stopped, "
             self.console.print()
+        for chat, answer in zip(self.conversations, answers, strict=False):
+            chat.answered(answer.drawn[0])
         self._record(prompt, answers, seed)
         if self.interactive:
             self.say(f"[{stopped}{'; '.join(map(self._speed, self.names, answers))}; seed {seed}]")
@@ -184,6 +191,13 @@ def _again(repl: Repl, argument: str) -> None:
     repl.answer(repl.prompt)
 
 
+def _chat(repl: Repl, argument: str) -> None:
+    if argument.strip() not in ("", "off"):
+        raise ValueError(f"/chat begins a conversation, /chat off ends it; got {argument.strip()!r}")
+    repl.conversations = [] if argument.strip() else [Conversation(loaded) for loaded in repl.models]
+    repl.say("a new conversation; what was said is part of each prompt" if repl.conversations else "no conversation")
+
+
 def _tokens_of(repl: Repl, argument: str) -> None:
     if not argument:
         raise ValueError("name a text, for example /tokens-of To be, or not to be")
@@ -243,6 +257,7 @@ def _quit(repl: Repl, argument: str) -> None:
 COMMANDS = {name: Command(f"[NUMBER|{dial.unset}]" if dial.unset else "[NUMBER]", dial.help, partial(_turn, name))
             for name, dial in DIALS.items()} | {
     "again": Command("", "answer the last prompt again", _again),
+    "chat": Command("[off]", "begin a conversation, in the words that fine-tuned models know; or end it", _chat),
     "tokens-of": Command("TEXT", "show how the tokenizer splits a text", _tokens_of),
     "info": Command("", "show the checkpoint, its model and the settings", _info),
     "save": Command("FILE", "write the answers so far, with prompts and settings, to a new file", _save),
