@@ -377,6 +377,7 @@ class _Enough(Exception):
 def print_estimate(the_plan: Plan) -> None:
     """Memory, and the time of the first steps of the run itself, scaled. It has no directory, so it writes nothing."""
     t, model, speeds, first = the_plan.config, the_plan.model, [], the_plan.state.step
+    tokens = the_plan.data.tokens_per_step(t)
 
     def stop_soon(record: dict) -> None:
         speeds.append(record["tokens_per_second"])
@@ -386,7 +387,7 @@ def print_estimate(the_plan: Plan) -> None:
     the_plan.run_dir = None
     with suppress(_Enough):
         train(the_plan, stop_soon)
-    per_second = float(np.median(speeds[1:] or speeds)) / t.tokens_per_step  # the first one also takes the memory
+    per_second = float(np.median(speeds[1:] or speeds)) / tokens  # the first one also takes the memory
     steps = t.num_steps - first
     print(f"memory: about {model.memory_bytes(t.batch_size, t.seq_len) / 1e6:,.0f} MB to train, and "
           f"{12 * model.num_parameters() / 1e6:,.0f} MB for the snapshot that is being saved")

@@ -50,6 +50,9 @@ class Text:
                 f"{config.tokens_per_step:,} tokens a step ({config.batch_size} x {config.accumulation} sequences of "
                 f"{config.seq_len})")
 
+    def tokens_per_step(self, config: TrainConfig) -> int:
+        return config.tokens_per_step
+
     def batches(self, config: TrainConfig) -> Batches:
         return Batches(self.split(config)[0], config.seq_len, config.seed)
 

@@ -19,7 +19,7 @@ from feste.errors import FesteError
 from feste.formats import huggingface
 from feste.generation import Decoder, Sampler
 from feste.params import ParameterTable
-from feste.transformer import HEAD_ROWS, Activations, Dropout, Pass, Weights
+from feste.transformer import HEAD_ROWS, Activations, Arena, Dropout, Pass, Weights
 
 
 class GPT2:
@@ -60,6 +60,7 @@ class GPT2:
         self.params, self.grads = self.table.views(self._flat_params), self.table.views(self._flat_grads)
         self._weights, self._gradients = Weights(self.params, config), Weights(self.grads, config)
         self._activations: dict[bool, Activations] = {}
+        self._arenas = {True: Arena(), False: Arena()}
 
     def __getstate__(self) -> dict:
         return {"config": self.config, "precision": self.precision, "dropout_seed": self.dropout_seed,
@@ -186,7 +187,7 @@ class GPT2:
         act = self._activations.get(keep)
         if act is None or act.shape != (B, T):
             self._activations.pop(keep, None)  # let go of the old ones before taking the new
-            act = self._activations[keep] = Activations(self.config, B, T, keep)
+            act = self._activations[keep] = Activations(self.config, B, T, keep, self._arenas[keep])
         return act
 
     @property

@@ -181,6 +181,10 @@ class Pairs:
                 f"last {len(held_out):,} held out; {config.batch_size} x {config.accumulation} a step, so "
                 f"{passes:.1f} passes")
 
+    def tokens_per_step(self, config: TrainConfig) -> int:
+        """On average, without padding."""
+        return round(config.batch_size * config.accumulation * len(self) / len(self.lines))
+
     def batches(self, config: TrainConfig) -> PairBatches:
         return PairBatches(self, self.split(config)[0], config.seed)
 

@@ -166,6 +166,7 @@ class Run:
         self.plan, self.config, self.state, self.on_step = the_plan, the_plan.config, the_plan.state, on_step
         self.model, self.tokenizer, self.optimizer = the_plan.model, the_plan.tokenizer, the_plan.optimizer
         self.batches = the_plan.data.batches(self.config)
+        self.tokens_per_step = the_plan.data.tokens_per_step(self.config)
         self.validation = partial(the_plan.data.validation, self.config)
         self.stop_tokens = () if self.tokenizer.end_of_text is None else (self.tokenizer.end_of_text,)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
@@ -192,7 +193,7 @@ class Run:
         """The part of run.json that does not change."""
         return {"model": self.model.config.to_dict(), "train": self.config.to_dict(),
                 "parameters": self.model.num_parameters(), "tokens": len(self.plan.data),
-                "tokens_per_step": self.config.tokens_per_step, "planned_steps": self.config.num_steps,
+                "tokens_per_step": self.tokens_per_step, "planned_steps": self.config.num_steps,
                 "corpus_sha256": self.plan.corpus_sha256, "feste": __version__, "isa": ops.isa,
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,
                 "skipped_steps": self.state.skipped}
@@ -213,7 +214,7 @@ class Run:
         self._guard(loss, grad_norm)
         return {"step": self.state.step, "timestamp": f"{time.time():.3f}", "elapsed_seconds": self._elapsed(),
                 "learning_rate": learning_rate, "train_loss": loss, "train_perplexity": perplexity(loss),
-                "grad_norm": grad_norm, "tokens_per_second": self.config.tokens_per_step / seconds}
+                "grad_norm": grad_norm, "tokens_per_second": self.tokens_per_step / seconds}
 
     def due(self, interval: int) -> bool:
         """Whether this step is one of every `interval`, or the last."""

@@ -65,6 +65,26 @@ class Weights:
 # ---- buffers -----------------------------------------------------------------------------------------------
 
 
+class Arena:
+    """Memory that arrays are cut from, so that passes of other shapes need no new memory. Only the latest ones count."""
+
+    def __init__(self) -> None:
+        self._memory, self._used = ops.zeros(0), 0
+
+    def clear(self, floats: int, arrays: int) -> None:
+        """Make room for so many arrays of so many floats together; what was cut before is no more."""
+        needed, self._used = floats + arrays * (ops.CACHE_LINE // 4), 0
+        if self._memory.size < needed:
+            self._memory = ops.zeros(0)  # let go of the old memory before taking the new
+            self._memory = ops.zeros(needed)
+
+    def zeros(self, *shape: int) -> np.ndarray:
+        """An array like that of ops.zeros, but holding anything."""
+        size, begin = math.prod(shape), self._used
+        self._used += -(-size // (ops.CACHE_LINE // 4)) * (ops.CACHE_LINE // 4)
+        return self._memory[begin:begin + size].reshape(shape)
+
+
 class Activations:
     """The buffers of one pass over B sequences of T tokens, as the tables below say.
 
@@ -99,16 +119,21 @@ class Activations:
         rows, C = B * T, config.n_embd
         return {"dx": (rows, C), "dln": (rows, C), "dfc": (rows, 4 * C), "dqkv": (rows, 3 * C)}
 
-    def __init__(self, config: Config, B: int, T: int, keep: bool) -> None:
+    def __init__(self, config: Config, B: int, T: int, keep: bool, arena: Arena | None = None) -> None:
         self.shape = (B, T)
         self.ids = ops.zeros(B, T, dtype=np.int32)
         self.targets, self.counted = ops.zeros(B * T, dtype=np.int32), ops.zeros(B * T, dtype=np.int32)
         self.n_counted = 0
         self._recorded: tuple[tuple, ops.Recording] | None = None
         shared, block, gradients = self._tables(config, B, T, keep)
+        zeros = ops.zeros
+        if arena is not None:
+            arrays = len(shared) + len(gradients) + len(block) * (config.n_layers if keep else 1)
+            arena.clear(self.nbytes_of(config, B, T, keep) // 4, arrays)
+            zeros = arena.zeros
         for name, shape in {**shared, **gradients}.items():
-            setattr(self, name, ops.zeros(*shape))
-        sets = [SimpleNamespace(**{name: ops.zeros(*shape) for name, shape in block.items()})
+            setattr(self, name, zeros(*shape))
+        sets = [SimpleNamespace(**{name: zeros(*shape) for name, shape in block.items()})
                 for _ in range(config.n_layers if keep else 1)]
         self.blocks = sets if keep else sets * config.n_layers
 

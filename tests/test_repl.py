@@ -12,7 +12,8 @@ import pytest
 from feste import GPT2, BPETokenizer, Checkpoint, Config
 from feste.generation import Decoder
 from feste.terminal import clean
-from tools.repl.answers import DIALS, Answer, LoadedModel, Settings
+from feste.tokenizer import END_OF_TEXT
+from tools.repl.answers import DIALS, Answer, Conversation, LoadedModel, Settings
 from tools.repl.loop import COMMANDS, Repl, read_prompt, telling_names, token_text
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +237,8 @@ COMMAND_TESTS = {
     "seed": [("/seed 99", "seed 99"), ("To be", "seed 99]"), ("/seed random", "seed random"), ("To", REPORT)],
     "again": [("/again", "error: there is no prompt yet"), ("To be", REPORT),
               ("/again", "again\r\nTo be[\\s\\S]*" + REPORT)],
+    "chat": [("/chat", r"has no <\|endoftext\|>, so the model was not taught"), ("/chat off", "no conversation"),
+             ("/chat x", "/chat off ends it; got 'x'")],
     "tokens-of": [("/tokens-of naïve é",
                    r"\d+ tokens for 9 bytes, [\d.]+ bytes a token\r\n\d+ '.*' │ \d+ '\\xc3' │ \d+ '\\xa9'")],
     "info": [("/info", r"step +7[\s\S]*5\.5000 nats, perplexity 244\.69[\s\S]*300 tokens[\s\S]*temp 0.8, top-k off")],
@@ -330,6 +333,50 @@ def test_a_token_beyond_the_tokenizer_is_never_drawn(loaded, tmp_path):
     Checkpoint.save(tmp_path / "large.bin", large, loaded.tokenizer)
     answer = Answer(LoadedModel(tmp_path / "large.bin"), "To", Settings(temperature=5.0, tokens=100), 0)
     assert "".join(piece for [piece] in answer) and answer.tokens == 100
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """A model whose tokenizer has an <|endoftext|>, and room for 40 tokens."""
+    tokenizer = BPETokenizer.train("", 257, [END_OF_TEXT])
+    Checkpoint.save(tmp_path / "taught.bin", GPT2(Config(257, 16, 1, 1, 40)), tokenizer)
+    return LoadedModel(tmp_path / "taught.bin")
+
+
+def test_an_answer_ends_at_the_end_of_text(monkeypatch, taught):
+    a, end = taught.tokenizer.encode("a")[0], taught.tokenizer.end_of_text
+    monkeypatch.setattr(Decoder, "stream", lambda *_: iter([[a, a], [a, end], [end, a]]))
+    answer = Answer(taught, "To", Settings(samples=2), 0)
+    assert [pieces for pieces in answer][:3] == [["a", "a"], ["a", ""], ["", ""]]
+    assert answer.texts == ["aa", "a"] and answer.drawn == [[a, a], [a]] and answer.tokens == 3
+
+
+def test_a_conversation_keeps_what_fits_into_the_context(taught):
+    chat, tokenizer = Conversation(taught), taught.tokenizer
+    assert tokenizer.decode(chat.ask("a?", tokens=5)) == "User: a?\nAssistant:"
+    chat.answered(tokenizer.encode(" b"))
+    both = tokenizer.decode(chat.ask("c?", tokens=1))
+    assert both == "User: c?\nAssistant:"  # 22 + 19 + 1 tokens are more than 40
+    chat.turns = [[1, 2, 3], [4, 5]]
+    assert chat.ask("c?", tokens=18) == [4, 5, *tokenizer.encode("User: c?\nAssistant:")]
+
+
+def test_a_conversation_goes_on_and_ends(monkeypatch, taught):
+    out, end = Writes(), taught.tokenizer.end_of_text
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(Decoder, "stream", lambda *_: iter([[taught.tokenizer.encode("y")[0]], [end]]))
+    repl = Repl([taught], Settings(tokens=2), interactive=False)
+    repl.console.file = out
+    for line in ("/chat", "a", "b"):
+        repl.obey(line)
+    turns = [taught.tokenizer.decode(turn) for turn in repl.conversations[0].turns]
+    assert turns == [f"User: {said}\nAssistant:y{END_OF_TEXT}" for said in "ab"]
+    with pytest.raises(ValueError, match="/samples 1, or /chat off"):
+        repl.obey("/samples 2")
+        repl.obey("c")
+    for line in ("/samples 1", "/chat off", "c"):
+        repl.obey(line)
+    assert not repl.conversations
 
 
 def test_a_model_cannot_steer_the_terminal(monkeypatch, loaded):
