@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what an editor sees
     from feste.generation import Sampler
     from feste.model import GPT2
     from feste.optim import AdamW, learning_rate_at
+    from feste.pairs import Pairs, read_pairs
     from feste.run.checkpoint import Checkpoint
     from feste.run.directory import find_checkpoint
     from feste.run.follow import RunReader, read_info, read_rows
@@ -30,6 +31,7 @@ _HOME = {
     "generation": ("Sampler",),
     "model": ("GPT2",),
     "optim": ("AdamW", "learning_rate_at"),
+    "pairs": ("Pairs", "read_pairs"),
     "run.checkpoint": ("Checkpoint",),
     "run.directory": ("find_checkpoint",),
     "run.follow": ("RunReader", "read_info", "read_rows"),

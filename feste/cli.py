@@ -50,6 +50,8 @@ TIMED_STEPS = 3
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
          "data": "name a text file with --data FILE",
+         "tokenizer_file": "name it with --tokenizer PATH (tokenizer.json, or a directory with vocab.json and "
+                           "merges.txt), or begin with the model it was made for, --from MODEL",
          "prepare": "make a directory of tokens with `feste prepare FILE... -o DIR`, for --data DIR"}
 CHOICES = {"errors": ERRORS, "precision": PRECISIONS, "on_nan": ("stop", "skip")}
 MODEL_HELP = {
@@ -161,8 +163,11 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
     run.add_argument("--on-event", metavar="CMD", help="a shell command for the end of the run, failure, NaN and a "
                      "stall: it finds FESTE_EVENT, FESTE_RUN, FESTE_STEP, FESTE_MESSAGE in its environment")
     run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
-    text.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of `feste prepare` "
-                      "(default: Shakespeare, as much of it as the preset says)")
+    text.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of `feste prepare`, of "
+                      "nanoGPT's or llm.c's tokens, or a .jsonl of questions and answers (default: Shakespeare, as much "
+                      "of it as the preset says)")
+    text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory with one or with vocab.json "
+                      "and merges.txt (default: one is made from the text)")
     text.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
     text.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "
                       "(default: strict)")
@@ -252,8 +257,9 @@ def _of_checkpoint(preset: Preset, args: argparse.Namespace, source: Source, inf
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if tokenizer is None:
         raise FesteError(f"{checkpoint.path} holds no tokenizer, which fine-tuning needs")
-    if source.tokenizer_chars is not None and args.tokenizer_chars is not None:
-        raise FesteError("a checkpoint brings its own tokenizer; leave tokenizer_chars out", "tokenizer_chars")
+    for name in ("tokenizer", "tokenizer_chars"):
+        if getattr(args, name) is not None:
+            raise FesteError(f"a checkpoint brings its own tokenizer; leave {name} out", name)
     plan.require_same_model(model.config, _named(args, Config), str(checkpoint.path))
     config = replace(_train_config(preset, model.config, args, source), precision=model.precision)
     data, tokenizer = source.load(tokenizer.vocab_size, tokenizer)
@@ -283,7 +289,9 @@ def _source(preset: Preset, args: argparse.Namespace) -> Source:
     if args.data is None:
         of_preset = Source(None, preset.train_chars, preset.tokenizer_chars)
         return replace(of_preset, **_named(args, Source))
-    return Source(**_named(args, Source) | {"data": str(Path(args.data).absolute())})
+    named = _named(args, Source)
+    paths = {name: str(Path(named[name]).absolute()) for name in ("data", "tokenizer") if name in named}
+    return Source(**named | paths)
 
 
 def _new_directory(preset: Preset, source: Source, dry_run: bool) -> Path:
@@ -301,7 +309,7 @@ def _new_directory(preset: Preset, source: Source, dry_run: bool) -> Path:
 
 def _resumed(args: argparse.Namespace) -> Plan:
     """The plan of a run that is in its directory already."""
-    for name in ("checkpoint", "tokenizer_chars"):
+    for name in ("checkpoint", "tokenizer", "tokenizer_chars"):
         if getattr(args, name, None) is not None:
             raise FesteError(f"{flag(name)} is for new runs, and --resume continues one; leave one of them out")
     checkpoint = plan.checkpoint_to_resume(args.resume, args.run_dir)

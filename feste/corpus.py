@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from feste.data import Text
 from feste.errors import FesteError
 from feste.pairs import Pairs, looks_like_pairs, read_pairs
+from feste.shards import PICKLE, has_shards, load_shards
 from feste.text import read_text
 from feste.tokenizer import END_OF_TEXT, BPETokenizer
-from feste.tokens import is_token_directory, load_tokens
+from feste.tokens import TOKENIZER, is_token_directory, load_tokens
 
 SHAKESPEARE = "the complete works of Shakespeare"
 OWN_COPY = Path("data", "shakespeare.txt")  # comes first
@@ -40,7 +42,7 @@ class Source:
 
     data: a text file, a directory of tokens, or None for Shakespeare. train_chars: train on the first so many
     characters; tokenizer_chars: make the tokenizer from the first so many; None for all of them. encoding and errors:
-    how the file is read, see `text`.
+    how the file is read, see `text`. tokenizer: a file or directory that holds the tokenizer, which is not made then.
     """
 
     data: str | None = None
@@ -48,6 +50,7 @@ class Source:
     tokenizer_chars: int | None = None
     encoding: str | None = None
     errors: str = "strict"
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("train_chars", "tokenizer_chars"):
@@ -55,7 +58,8 @@ class Source:
             if value is not None and value < 1:
                 raise CorpusError(f"{name} must be at least 1, got {value}", name)
         if self.is_tokens:
-            given = [f.name for f in fields(self) if f.name != "data" and getattr(self, f.name) != f.default]
+            given = [f.name for f in fields(self)
+                     if f.name not in ("data", "tokenizer") and getattr(self, f.name) != f.default]
             if given:
                 raise CorpusError(f"{given[0]} is for texts, and {self.data} is a directory of tokens; leave it out",
                                   given[0])
@@ -106,14 +110,19 @@ class Source:
         return looks_like_pairs(read_text(self.data, self.encoding, self.errors))
 
     def load(self, vocab_size: int,
-             tokenizer: BPETokenizer | None = None) -> tuple[np.ndarray | Pairs, BPETokenizer]:
+             tokenizer: BPETokenizer | None = None) -> tuple[np.ndarray | Text | Pairs, BPETokenizer]:
         """The tokens, or pairs, and the tokenizer: the given one, that of a directory of tokens, or one made for it.
 
         Of pairs, a tokenizer without <|endoftext|> gets it.
         """
+        if tokenizer is None and self.tokenizer is not None:
+            read = BPETokenizer.from_pretrained if Path(self.tokenizer).is_dir() else BPETokenizer.load
+            tokenizer = read(self.tokenizer)
         if self.is_pairs:
             return self._load_pairs(vocab_size, tokenizer)
         if self.is_tokens:
+            if not is_token_directory(self.data) and has_shards(self.data):
+                return self._load_shards(tokenizer)
             if not is_token_directory(self.data):
                 raise CorpusError(f"{self.data} is a directory without tokens", "prepare")
             tokens, made_with = load_tokens(self.data)
@@ -126,6 +135,18 @@ class Source:
             tokenizer = BPETokenizer.train(text[:self.tokenizer_chars], vocab_size)
         return tokenizer.encode_to_numpy(text[:self.train_chars]), tokenizer
 
+
+    def _load_shards(self, tokenizer: BPETokenizer | None) -> tuple[Text, BPETokenizer]:
+        """Files of other programs, whose tokenizer must be named or lie beside them."""
+        beside = Path(self.data, TOKENIZER)
+        if tokenizer is None and beside.exists():
+            tokenizer = BPETokenizer.load(beside)
+        if tokenizer is None:
+            pickle = Path(self.data, PICKLE)
+            also = f" ({pickle} may say which, but it is a pickle, and to read one can run anything)"
+            raise CorpusError(f"the tokens in {self.data} are of another program, and their tokenizer is not among them"
+                              f"{also if pickle.exists() else ''}", "tokenizer_file")
+        return Text(*load_shards(self.data)), tokenizer
 
     def _load_pairs(self, vocab_size: int, tokenizer: BPETokenizer | None) -> tuple[Pairs, BPETokenizer]:
         for name in ("train_chars", "tokenizer_chars"):

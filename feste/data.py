@@ -15,29 +15,35 @@ import numpy as np
 
 from feste.config import IGNORED, TrainConfig
 from feste.errors import FesteError
+from feste.shards import Shards
 
-HASH_BLOCK = 1 << 20  # tokens
+HASH_BLOCK = 1 << 20      # tokens
+MOST_IN_MEMORY = 1 << 24  # windows of an epoch whose order is held in memory: 128 MB
 
 
 class Text:
-    """A text: one row of tokens, of which the last val_fraction are held out."""
+    """A text: one row of tokens, of which the last val_fraction are held out, or others that are given."""
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: np.ndarray | Shards, held_out: np.ndarray | Shards | None = None) -> None:
+        self.tokens, self.held_out = tokens, held_out
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def sha256(self) -> str:
-        """Of the ids, whatever their type; in blocks, for they may be a file that is larger than memory."""
+        """Of the ids, whatever their type; in blocks, for they may be larger than memory. Of shards, a fingerprint."""
         digest = hashlib.sha256()
+        if isinstance(self.tokens, Shards):
+            digest.update(self.tokens.fingerprint())
+            digest.update(self.held_out.fingerprint() if self.held_out is not None else b"")
+            return digest.hexdigest()
         for i in range(0, len(self.tokens), HASH_BLOCK):
             require_whole(self.tokens)
             digest.update(np.ascontiguousarray(self.tokens[i:i + HASH_BLOCK], np.uint32))
         return digest.hexdigest()
 
     def split(self, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
-        return split_tokens(self.tokens, config.val_fraction)
+        return split_tokens(self.tokens, config.val_fraction) if self.held_out is None else (self.tokens, self.held_out)
 
     def require(self, config: TrainConfig) -> None:
         """FesteError unless both parts hold a window of seq_len."""
@@ -46,9 +52,12 @@ class Text:
         require_window(train, config.seq_len, "the training text")
 
     def describe(self, config: TrainConfig) -> str:
-        return (f"{len(self):,} tokens, the last {len(self.split(config)[1]):,} held out; "
-                f"{config.tokens_per_step:,} tokens a step ({config.batch_size} x {config.accumulation} sequences of "
-                f"{config.seq_len})")
+        """How many tokens there are, and what a step takes of them."""
+        n, held_out = len(self), len(self.split(config)[1])
+        files = f" in {len(self.tokens.parts):,} files" if isinstance(self.tokens, Shards) else ""
+        part = f"the last {held_out:,}" if self.held_out is None else f"{held_out:,} in files of their own"
+        return (f"{n:,} tokens{files}, {part} held out; {config.tokens_per_step:,} tokens a step "
+                f"({config.batch_size} x {config.accumulation} sequences of {config.seq_len})")
 
     def tokens_per_step(self, config: TrainConfig) -> int:
         return config.tokens_per_step
@@ -66,8 +75,9 @@ class Text:
         """All windows of the held-out part, end to end, or as many as most_tokens allows, spread evenly; and a line
         that says of what the score is."""
         held_out, most = self.split(config)[1], max(1, most_tokens // config.seq_len)
-        starts, of = whole_starts(held_out, config.seq_len), "the whole held-out part"
-        if len(starts) > most:
+        if (len(held_out) - 1) // config.seq_len <= most:
+            starts, of = whole_starts(held_out, config.seq_len), "the whole held-out part"
+        else:
             starts, of = even_starts(held_out, config.seq_len, most), f"{most:,} windows spread over the held-out part"
         return window_batches(held_out, starts, config.seq_len, config.batch_size), of
 
@@ -89,6 +99,33 @@ def require_window(tokens: np.ndarray, seq_len: int, what: str) -> None:
                          f"{seq_len + 1}; use a longer text or a smaller seq_len", "seq_len")
 
 
+class Shuffle:
+    """A permutation of 0 .. n - 1 that is computed and not held, for n that memory is too small for.
+
+    A Feistel network of four rounds permutes the numbers of an even number of bits; one that lands at n or beyond goes
+    through it again (cycle walking, Black and Rogaway 2002).
+    """
+
+    def __init__(self, n: int, rng: np.random.Generator) -> None:
+        self.n, self.half = n, ((n - 1).bit_length() + 1) // 2
+        self.keys = [int(key) for key in rng.integers(1 << 62, size=4)]
+
+    def __getitem__(self, place: int) -> int:
+        """The number at a place."""
+        while True:
+            place = self._permuted(place)
+            if place < self.n:
+                return place
+
+    def _permuted(self, x: int) -> int:
+        left, right, mask = x >> self.half, x & ((1 << self.half) - 1), (1 << self.half) - 1
+        for key in self.keys:
+            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ (mixed >> 32)) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 & mask)
+        return left << self.half | right
+
+
 class Batches:
     """Windows of seq_len tokens and their targets, the same tokens one further on.
 
@@ -105,16 +142,21 @@ class Batches:
         self.slack = min(seq_len, len(tokens) - 1 - self.windows_per_epoch * seq_len)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order they are shown."""
+    def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray | Shuffle]:
+        """Where the first window of an epoch starts, and the order in which its windows are shown."""
         rng = np.random.default_rng([self.seed, epoch])
-        return rng.integers(self.slack + 1) + rng.permutation(self.windows_per_epoch) * self.seq_len
+        n = self.windows_per_epoch
+        return int(rng.integers(self.slack + 1)), rng.permutation(n) if n <= MOST_IN_MEMORY else Shuffle(n, rng)
 
     def starts(self, step: int, count: int) -> np.ndarray:
         """Starts of the `count` windows of a step; steps count from 1."""
         index = np.arange((step - 1) * count, step * count)
         epochs, places = np.divmod(index, self.windows_per_epoch)
-        return np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        found = []
+        for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True):
+            offset, order = self._epoch(epoch)
+            found.append(offset + int(order[place]) * self.seq_len)
+        return np.array(found)
 
     def batch(self, step: int, batch_size: int, accumulation: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
         """The mini-batches of a step: (ids, targets), each (batch_size, seq_len) int32.
@@ -127,6 +169,9 @@ class Batches:
 
 def require_whole(tokens: np.ndarray) -> None:
     """FesteError if tokens are a map of a file that was cut off since. To touch what is missing kills a process."""
+    if isinstance(tokens, Shards):
+        for part in tokens.parts:
+            require_whole(part)
     if isinstance(tokens, np.memmap) and tokens._mmap is not None:
         begin = tokens.offset - tokens.offset % mmap.ALLOCATIONGRANULARITY  # of a map, not only of what is used of it
         if tokens._mmap.size() < begin + len(tokens._mmap):

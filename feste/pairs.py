@@ -133,8 +133,6 @@ class Pairs:
     file; prompts: what comes before the first answer of each.
     """
 
-    unit = "examples"
-
     def __init__(self, examples: Mapping[int, Sequence[Piece]], tokenizer: BPETokenizer) -> None:
         if tokenizer.end_of_text is None:
             raise FesteError(f"the tokenizer has no {END_OF_TEXT}, which ends an answer; add it with "
@@ -154,6 +152,7 @@ class Pairs:
         return len(self.ids)
 
     def sha256(self) -> str:
+        """Of the tokens, of which count, and of where examples end."""
         digest = hashlib.sha256()
         for part in (self.ids.astype(np.uint32), self.counted, self.ends.astype(np.uint64)):
             digest.update(np.ascontiguousarray(part))
@@ -175,6 +174,7 @@ class Pairs:
                              "them out", "data", "seq_len")
 
     def describe(self, config: TrainConfig) -> str:
+        """How many there are, and how often a run sees them."""
         learnt, held_out = self.split(config)
         passes = config.num_steps * config.batch_size * config.accumulation / len(learnt)
         return (f"{len(self.lines):,} examples of {len(self):,} tokens, {self.counted.sum():,} of them in answers; the "
@@ -186,6 +186,7 @@ class Pairs:
         return round(config.batch_size * config.accumulation * len(self) / len(self.lines))
 
     def batches(self, config: TrainConfig) -> PairBatches:
+        """The mini-batches of every step."""
         return PairBatches(self, self.split(config)[0], config.seed)
 
     def validation(self, config: TrainConfig, windows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -83,7 +83,7 @@ class Plan:
         return self.origin is not None
 
 
-def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs, config: TrainConfig,
+def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Text | Pairs, config: TrainConfig,
         run_dir: Path | None = None, optimizer: AdamW | None = None, info: dict | None = None) -> Plan:
     """A run from its first step, of a model as it is: fresh, or with the parameters of another run to fine-tune.
 
@@ -117,8 +117,8 @@ def checkpoint_to_resume(path: Path, run_dir: Path | None = None) -> Checkpoint:
     return Checkpoint.load(found)
 
 
-def resumed(checkpoint: Checkpoint, text: str | np.ndarray | Pairs, config: TrainConfig, run_dir: Path | None = None,
-            info: dict | None = None) -> Plan:
+def resumed(checkpoint: Checkpoint, text: str | np.ndarray | Text | Pairs, config: TrainConfig,
+            run_dir: Path | None = None, info: dict | None = None) -> Plan:
     """The run of a checkpoint from its next step on, to the bit. run_dir: the directory of that run, or a new one.
 
     config is that of the run, changed in CHANGEABLE at most. Extending the run changes num_steps, which stretches the
@@ -137,7 +137,7 @@ def resumed(checkpoint: Checkpoint, text: str | np.ndarray | Pairs, config: Trai
 
 
 def resumed_in(model: GPT2, tokenizer: BPETokenizer, optimizer: AdamW | None, checkpoint: Checkpoint,
-               text: str | np.ndarray | Pairs, config: TrainConfig, run_dir: Path | None = None,
+               text: str | np.ndarray | Text | Pairs, config: TrainConfig, run_dir: Path | None = None,
                info: dict | None = None) -> Plan:
     """`resumed`, with the state of the checkpoint moved into a model and an optimizer that the caller holds."""
     saved = require_resumable(checkpoint)
@@ -203,12 +203,12 @@ def _what_changes(saved: TrainConfig, config: TrainConfig, step: int) -> list[st
     return notes
 
 
-def data_of(config: Config, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs) -> Text | Pairs:
-    """A text, an array of token ids, or pairs, as tokens that fit the model."""
+def data_of(config: Config, tokenizer: BPETokenizer, text: str | np.ndarray | Text | Pairs) -> Text | Pairs:
+    """A text, an array of token ids, or what is one of data already, as tokens that fit the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise FesteError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
                          "use the tokenizer the model was made for", "vocab_size")
-    if isinstance(text, Pairs):
+    if isinstance(text, (Text, Pairs)):
         return text
     if isinstance(text, str):
         return Text(tokenizer.encode_to_numpy(text))

@@ -66,7 +66,7 @@ class Weights:
 
 
 class Arena:
-    """Memory that arrays are cut from, so that passes of other shapes need no new memory. Only the latest ones count."""
+    """Memory that arrays are cut from, so that passes of other shapes need no new memory. The latest ones count."""
 
     def __init__(self) -> None:
         self._memory, self._used = ops.zeros(0), 0

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("version", "errors", "terminal", "machine", "run", "run.names", "formats", "reference", "_ops", "_bpe", "_cpu",
      "_unicode"),
-    ("disk", "config", "ops", "run.rows", "text", "formats.vocabulary"),
+    ("disk", "config", "ops", "run.rows", "text", "shards", "formats.vocabulary"),
     ("run.follow", "params", "documents", "progress", "data", "formats.*", "transformer"),
     ("run.log", "tokenizer", "generation", "evaluation"),
     ("tokens", "model", "pairs"),

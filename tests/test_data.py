@@ -19,9 +19,26 @@ from feste import (
     train_gpt2,
 )
 from feste.corpus import CorpusError, Source, shakespeare_text
-from feste.data import Batches, even_starts, split_tokens, whole_starts, windows
+from feste.data import Batches, Shuffle, even_starts, split_tokens, whole_starts, windows
 from feste.text import TextError
 from feste.tokens import load_tokens
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
+def test_a_shuffle_that_is_computed_is_a_permutation(n):
+    one, other = (Shuffle(n, np.random.default_rng(seed)) for seed in (1, 2))
+    orders = [[int(shuffle[i]) for i in range(n)] for shuffle in (one, other)]
+    assert sorted(orders[0]) == list(range(n))
+    if n > 60:
+        assert orders[0] != orders[1]
+        assert abs(np.corrcoef(orders[0], np.arange(n))[0, 1]) < 0.3
+
+
+def test_more_windows_than_memory_holds_are_shown_once_each(monkeypatch):
+    monkeypatch.setattr("feste.data.MOST_IN_MEMORY", 10)
+    batches = Batches(np.arange(1000), 4, 3)
+    starts = batches.starts(1, batches.windows_per_epoch)
+    assert len(set(starts.tolist())) == batches.windows_per_epoch and len({start % 4 for start in starts.tolist()}) == 1
 
 
 def test_the_last_part_is_held_out():
@@ -33,7 +50,7 @@ def test_the_last_part_is_held_out():
 def test_an_epoch_shows_every_window_once(n, seq_len):
     batches = Batches(np.arange(n, dtype=np.uint16), seq_len, seed=3)
     for epoch in range(3):
-        starts = np.sort(batches._epoch(epoch))
+        starts = np.sort(batches.starts(epoch + 1, batches.windows_per_epoch))
         assert (np.diff(starts) == seq_len).all()
         assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= n
         assert len(starts) == batches.windows_per_epoch
@@ -44,7 +61,7 @@ def test_steps_walk_through_the_epochs_without_a_gap():
     batches = Batches(np.arange(1000, dtype=np.uint16), 10, seed=3)
     n = batches.windows_per_epoch
     walked = np.concatenate([batches.starts(step, 7) for step in range(1, n + 1)])
-    expected = np.concatenate([batches._epoch(epoch) for epoch in range(7)])
+    expected = np.concatenate([batches.starts(epoch, n) for epoch in range(1, 8)])
     assert np.array_equal(walked, expected)
 
 

@@ -1,4 +1,5 @@
-"""Make tests/parity/trajectory.npz: training trajectories computed by PyTorch, and logits by transformers.
+"""Make tests/parity/trajectory.npz, training trajectories computed by PyTorch and logits by transformers, and
+masked.npz, a trajectory of a loss that leaves targets of -100 out.
 
     pip install '.[parity]' && python tests/parity/make_fixture.py
 
@@ -62,7 +63,8 @@ def rate(step: int) -> float:
     return PEAK * (0.1 + 0.9 * cosine)
 
 
-def train(tied: bool) -> dict[str, np.ndarray]:
+def train(tied: bool, masked: bool = False) -> dict[str, np.ndarray]:
+    """Arrays of a trajectory; masked: two thirds of the targets are -100, the ignore_index of cross_entropy."""
     p = {name: value.clone().requires_grad_() for name, value in initial_parameters(tied).items()}
     matrices = [value for value in p.values() if value.dim() > 1]
     vectors = [value for value in p.values() if value.dim() == 1]
@@ -70,10 +72,13 @@ def train(tied: bool) -> dict[str, np.ndarray]:
                                   lr=PEAK, betas=(0.9, 0.95), eps=1e-8)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(V, (STEPS, B, T + 1), generator=generator)
+    targets = ids[..., 1:].clone()
+    if masked:
+        targets[torch.rand(targets.shape, generator=generator) < 2 / 3] = -100
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         batch = ids[step - 1]
-        loss = F.cross_entropy(logits_of(p, batch[:, :-1]).reshape(-1, V), batch[:, 1:].reshape(-1))
+        loss = F.cross_entropy(logits_of(p, batch[:, :-1]).reshape(-1, V), targets[step - 1].reshape(-1))
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(p.values(), CLIP).item())
@@ -81,8 +86,8 @@ def train(tied: bool) -> dict[str, np.ndarray]:
             group["lr"] = rate(step)
         optimizer.step()
         losses.append(loss.item())
-    tag = "tied" if tied else "untied"
-    return {f"{tag}/ids": ids.numpy().astype(np.int32),
+    tag = "masked" if masked else "tied" if tied else "untied"
+    return {f"{tag}/ids": ids.numpy().astype(np.int32), f"{tag}/targets": targets.numpy().astype(np.int32),
             f"{tag}/losses": np.array(losses), f"{tag}/norms": np.array(norms),
             **{f"{tag}/initial/{name}": value.numpy() for name, value in initial_parameters(tied).items()},
             **{f"{tag}/final/{name}": value.detach().numpy() for name, value in p.items()}}
@@ -108,6 +113,7 @@ if __name__ == "__main__":
     arrays = {}
     for tied in (False, True):
         arrays |= train(tied) | transformers_logits(tied)
-    target = Path(__file__).with_name("trajectory.npz")
-    np.savez_compressed(target, **arrays)
-    print(f"{target}: {target.stat().st_size:,} bytes")
+    for name, values in {"trajectory.npz": arrays, "masked.npz": train(False, masked=True)}.items():
+        target = Path(__file__).with_name(name)
+        np.savez_compressed(target, **values)
+        print(f"{target}: {target.stat().st_size:,} bytes")
