@@ -163,10 +163,10 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
     run.add_argument("--on-event", metavar="CMD", help="a shell command for the end of the run, failure, NaN and a "
                      "stall: it finds FESTE_EVENT, FESTE_RUN, FESTE_STEP, FESTE_MESSAGE in its environment")
     run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
-    text.add_argument("--data", metavar="FILE", help="a text file, used whole, or a directory of `feste prepare`, of "
-                      "nanoGPT's or llm.c's tokens, or a .jsonl of questions and answers (default: Shakespeare, as much "
-                      "of it as the preset says)")
-    text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory with one or with vocab.json "
+    text.add_argument("--data", metavar="FILE", help="a text file, used whole; a directory of `feste prepare`, of "
+                      "nanoGPT's or llm.c's tokens; or a .jsonl of questions and answers (default: Shakespeare, as "
+                      "much of it as the preset says)")
+    text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory that holds it or vocab.json "
                       "and merges.txt (default: one is made from the text)")
     text.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
     text.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "

@@ -78,7 +78,7 @@ def _disturb(order: dict) -> None:
     owner, name = {
         "tokenizing": (BPETokenizer, "train"), "step": (GPT2, "forward_backward"),
         "validation": (trainer, "mean_loss"), "sampling": (trainer, "_sample"),
-        "saving": (checkpoint, "save_file"), "ending": (cli, "held_out_loss"),
+        "saving": (checkpoint, "save_file"), "ending": (cli, "mean_loss"),
     }[order["phase"]]
     original, calls = getattr(owner, name), 0
 
