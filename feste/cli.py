@@ -166,7 +166,7 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
     text.add_argument("--data", metavar="FILE", help="a text file, used whole; a directory of `feste prepare`, of "
                       "nanoGPT's or llm.c's tokens; or a .jsonl of questions and answers (default: Shakespeare, as "
                       "much of it as the preset says)")
-    text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory that holds it or vocab.json "
+    text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory with it or with vocab.json "
                       "and merges.txt (default: one is made from the text)")
     text.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
     text.add_argument("--errors", choices=ERRORS, help="what cannot be decoded stops the start, or becomes U+FFFD "

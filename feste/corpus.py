@@ -97,6 +97,8 @@ class Source:
             raise CorpusError(f"{self.data} is a directory, not a text", "data")
         if self._names(JSON_NAMES):
             raise CorpusError(f"{self.data} holds JSON, of which every line or object is a text of its own", "prepare")
+        if self._names((".parquet",)):
+            raise CorpusError(f"{self.data} is a Parquet file, of which every row is a text of its own", "prepare")
         return read_text(self.data, self.encoding, self.errors)
 
     def _names(self, endings: tuple[str, ...]) -> bool:

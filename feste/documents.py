@@ -1,4 +1,4 @@
-"""Files as documents: a text file is one, each line of JSON lines is one, each element of a JSON array is one.
+"""Files as documents: a text file is one, each line of JSON lines, element of a JSON array, and row of Parquet is one.
 
 A document that cannot be used (no JSON, no text in its field, a lone surrogate) stops the reading, or is left out and
 listed, as `on_bad_line` says.
@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from feste import _bpe
+from feste import _bpe, parquet
 from feste.text import TextError, TextFile
 
 BLOCK_BYTES = 4 << 20  # of text in a piece
-JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
-TEXTS = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", *JSON_LINES, *JSON)
-COMPRESSED = (".gz", ".bz2", ".xz")
+JSON_LINES, JSON, PARQUET = (".jsonl", ".ndjson"), (".json",), (".parquet",)
+TEXTS = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", *JSON_LINES, *JSON, *PARQUET)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ON_BAD_LINE = ("stop", "skip")
 
 
@@ -77,9 +77,11 @@ def pieces(path: Path, reading: Reading, position: int = 0, sha256: str = "", li
 
     To continue, the text before that place is read again and must have the hash it had.
     """
+    kind = _kind(path)
+    if kind in PARQUET:
+        return _rows(path, reading, position, sha256)
     stream = _Stream(TextFile(path, reading.encoding, reading.errors, BLOCK_BYTES))
     stream.skip(position, sha256)
-    kind = _kind(path)
     if kind in JSON:
         stream.more()
         kind = ".json" if stream.rest.lstrip().startswith(b"[") else ".jsonl"
@@ -90,6 +92,8 @@ def pieces(path: Path, reading: Reading, position: int = 0, sha256: str = "", li
 
 def hash_of(path: Path, reading: Reading) -> str:
     """SHA-256 of all of the text of a file."""
+    if _kind(path) in PARQUET:
+        return list(_rows(path, reading))[-1].sha256
     stream = _Stream(TextFile(path, reading.encoding, reading.errors, BLOCK_BYTES))
     while not stream.ended:
         stream.more()
@@ -121,12 +125,16 @@ class _Stream:
             self.more()
             self.take(position - self.position)
         if position and (self.position, self._hash.hexdigest()) != (position, sha256):
-            raise TextError(f"{self.file.path} is not the file it was: its first {position:,} bytes of text have "
-                            "changed since they were tokenized; choose another directory, or put it back")
+            raise _changed(self.file.path, position)
 
     def piece(self, texts: list[str], ends_document: bool, **more) -> Piece:
         return Piece(texts, ends_document, self.position, self._hash.hexdigest(), last=self.ended and not self.rest,
                      **more)
+
+
+def _changed(path: Path, position: int) -> TextError:
+    return TextError(f"{path} is not the file it was: its first {position:,} bytes of text have changed since they "
+                     "were tokenized; choose another directory, or put it back")
 
 
 def _text(stream: _Stream) -> Iterator[Piece]:
@@ -180,6 +188,28 @@ def _array(stream: _Stream, reading: Reading) -> Iterator[Piece]:
     for number, element in enumerate(elements, 1):
         _add(texts, skipped, f"{stream.file.path}, element {number}", reading, element)
     yield stream.piece(texts, True, skipped=skipped)
+
+
+def _rows(path: Path, reading: Reading, position: int = 0, sha256: str = "") -> Iterator[Piece]:
+    """The rows of a Parquet file. Its text, by which places are known, is that of all rows with a zero behind each."""
+    digest, done, row = hashlib.sha256(), 0, 0
+    if not position:  # so that a file without rows has a piece too
+        yield Piece([], True, 0, digest.hexdigest())
+    for batch in parquet.rows(path, reading.json_field):
+        texts, skipped = [], []
+        for text in batch:
+            row += 1
+            _add(texts, skipped, f"{path}, row {row}", reading, {reading.json_field: text})
+        data = b"".join(b"%b\0" % (text or "").encode() for text in batch)
+        digest.update(data)
+        done += len(data)
+        if done > position:
+            yield Piece(texts, True, done, digest.hexdigest(), skipped=skipped)
+        elif done == position and digest.hexdigest() != sha256:
+            raise _changed(path, position)
+    if done < position:
+        raise _changed(path, position)
+    yield Piece([], True, done, digest.hexdigest(), last=True)
 
 
 def _add(texts: list[str], skipped: list[str], where: str, reading: Reading, found) -> None:

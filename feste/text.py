@@ -1,6 +1,6 @@
 """The one reader of texts: what the bytes of a file mean, for training, preparing, comparing and scoring.
 
-A file that is compressed (gzip, bzip2, xz) is read through that. It is decoded as the mark at its beginning says
+A file that is compressed (gzip, bzip2, xz, zstd) is read through that. It is decoded as the mark at its beginning says
 (UTF-8, UTF-16, UTF-32), else as UTF-8, or as the encoding that is named. The mark is no part of the text, and every
 line ends with a line feed, whether the file has CR LF, CR or LF. The bytes of a text are those of its UTF-8 after that.
 """
@@ -16,7 +16,10 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from feste.errors import FesteError
 
@@ -24,11 +27,13 @@ BLOCK_BYTES = 1 << 22
 ERRORS = ("strict", "replace")
 UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+ZSTD = b"\x28\xb5\x2f\xfd"
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 OTHER_FILES = {  # first bytes -> what such a file is
-    b"%PDF": "a PDF document", b"PK\3\4": "a zip archive (.docx and .epub are)", b"PAR1": "a Parquet file",
+    b"%PDF": "a PDF document", b"PK\3\4": "a zip archive (.docx and .epub are)",
+    b"PAR1": "a Parquet file, of which `feste prepare` reads a column if it is named .parquet",
     b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image", b"SQLite format 3": "a SQLite database",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd", b"7z\xbc\xaf": "a 7z archive", b"\x7fELF": "a program",
+    b"7z\xbc\xaf": "a 7z archive", b"\x7fELF": "a program",
     b"\xd0\xcf\x11\xe0": "an Office document"}
 
 
@@ -80,10 +85,24 @@ class TextFile:
             raise TextError(f"{self.path} is compressed and damaged: {error}") from error
         except OSError as error:
             raise self._unreadable(error) from error
+        except Exception as error:  # zstd has an error of its own, in a module that may not be there
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise TextError(f"{self.path} is compressed and damaged: {error}") from error
+
+    def _zstd(self) -> ModuleType:
+        """The module of Python 3.14, or its backport."""
+        for name in ("compression.zstd", "backports.zstd"):
+            with suppress(ImportError):
+                return import_module(name)
+        raise TextError(f"{self.path} is compressed with zstd, which Python reads from 3.14 on, or with "
+                        "pip install 'feste[zstd]'", "data")
 
     def _decoded(self, raw: io.BufferedReader) -> Iterator[str]:
         start = raw.peek(16)
         opener = next((opener for mark, opener in COMPRESSED.items() if start.startswith(mark)), None)
+        if start.startswith(ZSTD):
+            opener = self._zstd().open
         file = raw if opener is None else io.BufferedReader(opener(raw))
         start = file.peek(4096)
         self._refuse_other_files(start)

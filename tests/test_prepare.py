@@ -418,3 +418,69 @@ def test_a_directory_without_its_index_is_not_read(tmp_path, tokenizer):
     with pytest.raises(TokensError, match="no finished directory of tokens") as raised:
         load_tokens(tmp_path / "out")
     assert raised.value.names == ("prepare",)  # of which the command line says how one is made
+
+
+# ---- Parquet -----------------------------------------------------------------------------------------------
+
+
+def write_parquet(path, texts, column="text", **types):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({column: texts, "n": list(range(len(texts)))}), path, row_group_size=7, **types)
+    return path
+
+
+def test_rows_of_parquet_are_documents(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("feste.parquet.ROWS", 5)
+    texts = ["a", "", *(some_text(20, i) for i in range(40)), "naïve 東京 🙂"]
+    path = write_parquet(tmp_path / "rows.parquet", texts)
+    assert prepare.main(command(tmp_path, path)) == 0
+    assert load_tokens(tmp_path / "out")[0].tolist() == expected(tokenizer, texts)
+    assert prepare.main(command(tmp_path, path)) == 0  # finished, and the same file
+    os.utime(path, (1, 1))
+    assert prepare.main(command(tmp_path, path)) == 0  # touched: read again
+    write_parquet(path, [*texts[:-1], "another"])
+    assert prepare.main(command(tmp_path, path)) == 2
+
+
+def test_a_preparation_of_parquet_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("feste.parquet.ROWS", 5)
+    texts = [some_text(20, i) for i in range(60)]
+    path, reading = write_parquet(tmp_path / "rows.parquet", texts), reader.Reading()
+    pieces = list(reader.pieces(path, reading))
+    for i, piece in enumerate(pieces[:-1]):
+        rest = [text for other in reader.pieces(path, reading, piece.position, piece.sha256) for text in other.texts]
+        assert rest == [text for other in pieces[i + 1:] for text in other.texts]
+    with pytest.raises(text_module.TextError, match="is not the file it was"):
+        list(reader.pieces(path, reading, pieces[3].position, pieces[4].sha256))
+    with pytest.raises(text_module.TextError, match="is not the file it was"):
+        list(reader.pieces(path, reading, pieces[-1].position + 1, pieces[-1].sha256))
+
+
+def test_a_parquet_file_without_rows_and_rows_without_a_text(tmp_path, tokenizer, capsys):
+    pytest.importorskip("pyarrow")
+    path = write_parquet(tmp_path / "rows.parquet", ["a", None, "b"])
+    assert prepare.main(command(tmp_path, path)) == 2
+    assert "row 2: no object with a string in 'text'" in capsys.readouterr().err
+    assert prepare.main(command(tmp_path, path, out="skip", on_bad_line="skip")) == 0
+    assert load_tokens(tmp_path / "skip")[0].tolist() == expected(tokenizer, ["a", "b"])
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read as Parquet"),
+    (lambda path: path.write_bytes(b"PAR1"), "cannot be read as Parquet"),
+    (lambda path: write_parquet(path, ["a"], "words"), "has no column 'text', only words, n"),
+    (lambda path: write_parquet(path, [1, 2]), "holds int64, not strings"),
+    (lambda path: path.unlink(), "cannot read"),
+])
+def test_parquet_that_cannot_be_read_is_one_error(tmp_path, tokenizer, capsys, damage, said):
+    path = write_parquet(tmp_path / "rows.parquet", ["a", "b"])
+    damage(path)
+    assert prepare.main(command(tmp_path, path)) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_training_on_parquet_names_the_way(tmp_path, capsys):
+    from feste.cli import main
+    assert main(["--data", str(write_parquet(tmp_path / "rows.parquet", ["a"]))]) == 2
+    assert "feste prepare" in capsys.readouterr().err

@@ -3,13 +3,20 @@
 import bz2
 import codecs
 import gzip
+import importlib
 import lzma
 import os
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+try:
+    from compression import zstd
+except ImportError:
+    from backports import zstd
 
 from feste import GPT2, BPETokenizer, Config
 from feste.cli import run_preset
@@ -36,7 +43,7 @@ def test_every_marked_encoding_gives_the_text(tmp_path_factory, text, encoding, 
     assert read_text(path) == normal(text)
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress])
 def test_compressed_texts_are_read(tmp_path, compress):
     path = tmp_path / "text.txt.gz"
     path.write_bytes(compress(("Grüße\r\n" * 50_000).encode("utf-16")))
@@ -89,12 +96,29 @@ def test_another_encoding_is_called_that(tmp_path, encoding):
     ("no mark at all ".encode("utf-16-be") * 9, "looks like UTF-16 without a mark.*utf-16-be"),
     (b"%PDF-1.7\n" * 9, "is a PDF document"), (b"PK\3\4" + bytes(90), "is a zip archive"),
     (b"\x89PNG\r\n\x1a\n", "image"),
-    (b"PAR1" + bytes(90), "Parquet"), (b"\x28\xb5\x2f\xfd" + bytes(9), "zstd"), (bytes(range(256)) * 9, "not UTF-8"),
+    (b"PAR1" + bytes(90), "Parquet"), (bytes(range(256)) * 9, "not UTF-8"),
     (bytes(4000), "is no text: 4000 of its first 4000 bytes are zero"), (b"", "is empty")])
 def test_what_is_no_text_is_called_what_it_is(tmp_path, data, said):
     path = tmp_path / "file.txt"
     path.write_bytes(data)
     with pytest.raises(TextError, match=said):
+        read_text(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:40] + b"x" * 9 + data[49:]])
+def test_a_damaged_zstd_file_says_so(tmp_path, damage):
+    path = tmp_path / "text.txt.zst"
+    text = np.random.default_rng(0).integers(97, 122, 99_999, np.uint8).tobytes()
+    path.write_bytes(damage(zstd.compress(text, options={zstd.CompressionParameter.checksum_flag: 1})))
+    with pytest.raises(TextError, match="is compressed and damaged"):
+        read_text(path)
+
+
+def test_zstd_without_its_module_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt.zst"
+    path.write_bytes(zstd.compress(b"to be"))
+    monkeypatch.setattr("feste.text.import_module", lambda name: importlib.import_module("no.such"))
+    with pytest.raises(TextError, match=r"feste\[zstd\]"):
         read_text(path)
 
 
