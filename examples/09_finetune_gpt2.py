@@ -91,7 +91,7 @@ def main(path):
     after = right(model, tokenizer, pairs, held_out)
     for kind, was, now in zip(("who speaks next", "how a line ends"), before, after, strict=True):
         print(f"{kind}: {was:.1%} of the held-out questions answered to the letter before, {now:.1%} after")
-    for prompt in pairs.sample_prompts(CONFIG, 4):
+    for prompt in pairs.sample_prompts(CONFIG, tokenizer, 4):
         ids = tokenizer.encode(prompt)
         made = model.generate(ids, 20, temperature=0, stop_tokens=[tokenizer.end_of_text])
         print(f"\n{prompt}\n   {tokenizer.decode(made[len(ids):])}")

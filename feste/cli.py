@@ -7,6 +7,8 @@ errors name fields and arguments; what the flags for them are called is known he
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -24,13 +26,16 @@ except ImportError as error:  # the kernels are not compiled, or not for this CP
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 from feste import plan
+from feste.arguments import Parser
 from feste.config import FINETUNE, PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import Source
 from feste.errors import FesteError
 from feste.evaluation import mean_loss, perplexity
 from feste.events import MODULES, Listeners, require_loggers
 from feste.formats import huggingface
+from feste.machine import useful_threads
 from feste.model import GPT2
+from feste.pairs import Pairs
 from feste.params import ParameterTable
 from feste.plan import Plan
 from feste.progress import Progress, discard_output
@@ -74,8 +79,7 @@ examples:
 
 def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
     """The flags of `feste train`: any preset, with any of its dials turned, on any text."""
-    parser = argparse.ArgumentParser(prog=prog, description="Train a model.", epilog=EXAMPLES.format(prog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Train a model.", epilog=EXAMPLES.format(prog))
     parser.add_argument("--preset", choices=list(PRESETS), help="the model and run to start from (default: tiny; with "
                         "--from, the model's own shape and a small learning rate)")
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
@@ -100,8 +104,7 @@ def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run
 
     loop: what happens in the steps, if not trainer.training_loop.
     """
-    parser = argparse.ArgumentParser(description=f"Train the {name} model: {PRESETS[name].summary}.",
-                                     allow_abbrev=False)
+    parser = Parser(description=f"Train the {name} model: {PRESETS[name].summary}.")
     add_flags(parser, PRESETS[name])
     return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv), loop))
 
@@ -138,12 +141,16 @@ def guarded(action: Callable[[], int], hints: Mapping[str, str] = HINTS) -> int:
 
 
 def explain(error: Exception, hints: Mapping[str, str] = HINTS) -> str:
-    """An error, and for the parameters that it names what to type."""
-    names = dict.fromkeys(getattr(error, "names", ()))
+    """An error with the parameters that it names as they are typed, and what to type for the others."""
+    names, text = dict.fromkeys(getattr(error, "names", ())), str(error)
     known = [hints[name] for name in names if name in hints]
-    others = [flag(name) for name in names if name not in hints and name in FIELDS] if hints is HINTS else []
+    others = []
+    for name in [name for name in names if name not in hints and name in FIELDS] if hints is HINTS else []:
+        end = r"\b" if "_" in name else r"(?==| must )"  # a common word is not always the field of that name
+        text, said = re.subn(rf"\b{name}{end}", flag(name), text)
+        others += [] if said else [flag(name)]
     said = known + ([f"see {', '.join(others)}"] if others else [])
-    return f"{error}; {' or '.join(said)}" if said else str(error)
+    return f"{text}; {' or '.join(said)}" if said else text
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -228,8 +235,10 @@ def _plan(preset: Preset, args: argparse.Namespace) -> Plan:
         model, tokenizer, data, config = _of_checkpoint(preset, args, source, info)
     else:
         model, tokenizer, data, config = _fresh(preset, args, source)
-    if source.is_pairs and args.sample_prompt is None:
-        config = replace(config, sample_prompt=data.sample_prompts(config, 1)[0] or config.sample_prompt)
+    data = plan.data_of(model.config, tokenizer, data)
+    if source.data is not None and args.sample_prompt is None:  # the default is Shakespeare's
+        prompts = data.sample_prompts(config, tokenizer, 1)
+        config = replace(config, sample_prompt=prompts[0]) if prompts and prompts[0] else config
     the_plan = plan.new(model, tokenizer, data, config, args.run_dir, info=info)
     if the_plan.run_dir is None:
         the_plan.run_dir = _new_directory(preset, source, args.dry_run)
@@ -347,6 +356,9 @@ def announce(the_plan: Plan) -> None:
           f"{'tied' if c.tie_weights else 'untied'} head)"
           + (f", from step {parent['step']} of {parent['checkpoint']}" if parent else ""))
     print(f"kernels: {ops.isa} ({ops.isa_reason}), {ops.get_num_threads()} threads, {t.precision}")
+    if ops.get_num_threads() > useful_threads():
+        print(f"note: {ops.get_num_threads()} threads have the time of {useful_threads()} cores, so they wait for each "
+              "other; leave --threads out")
     if t.precision == "bf16" and ops.isa != "avx512":
         print("this CPU has no bfloat16 instructions: the same numbers, slower than fp32")
     chars = the_plan.info["data_flags"]["train_chars"]
@@ -413,13 +425,33 @@ def finish(the_plan: Plan, result: TrainResult) -> int:
     if result.skipped_steps:
         print(f"{result.skipped_steps} steps were skipped because their loss or gradient was not finite")
     if result.signal is not None and result.state == "interrupted":
-        print(f"continue with: --resume {result.run_dir}")
+        print(f"continue with: {training_command()} --resume {shlex.quote(str(result.run_dir))}")
         return 128 + result.signal
     print(_held_out(the_plan))
     show_samples(the_plan)
     print(f"\nrun directory: {result.run_dir} ({result.saves} saves held the training up for "
           f"{result.held_up_seconds:.2f} s)")
+    run_dir = shlex.quote(str(result.run_dir))
+    print(f"talk to it:    {program()} repl {run_dir}\nits curves:    {program()} plot {run_dir} -o loss.png")
     return 0
+
+
+def program() -> str:
+    """How feste is called here: by its name, or as a module of this Python."""
+    if shutil.which("feste"):
+        return "feste"
+    python = Path(sys.executable)
+    with suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    return f"{shlex.quote(str(python))} -m feste"
+
+
+def training_command() -> str:
+    """What was called: a script of one's own, or `feste train`."""
+    script = Path(sys.argv[0])
+    if script.suffix == ".py" and script.name != "__main__.py":
+        return f"python {shlex.quote(sys.argv[0])}"
+    return f"{program()} train"
 
 
 def _held_out(the_plan: Plan) -> str:
@@ -430,15 +462,16 @@ def _held_out(the_plan: Plan) -> str:
 
 
 def show_samples(the_plan: Plan) -> None:
-    """Continuations of a few prompts at a few temperatures, or answers to held-out questions.
+    """Continuations of a few prompts at a few temperatures, of a text of one's own from its held-out part; or answers.
 
     A model's words cannot steer the terminal.
     """
-    questions, tokenizer = the_plan.data.sample_prompts(the_plan.config, len(PROMPTS)), the_plan.tokenizer
+    tokenizer, asked = the_plan.tokenizer, isinstance(the_plan.data, Pairs)
     stop_tokens = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
-    for prompt in questions or PROMPTS:
+    own = the_plan.info["data_flags"]["data"] is not None
+    for prompt in the_plan.data.sample_prompts(the_plan.config, tokenizer, len(PROMPTS)) if own else PROMPTS:
         ids = tokenizer.encode(prompt)
-        for temperature in (0.0,) if questions else TEMPERATURES:
+        for temperature in (0.0,) if asked else TEMPERATURES:
             new = the_plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=the_plan.config.seed,
                                           vocab_size=tokenizer.vocab_size, stop_tokens=stop_tokens)
             print(f"\n--- temperature {temperature} ---\n{clean(the_plan.tokenizer.decode(new))}")

@@ -10,6 +10,7 @@ import hashlib
 import mmap
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +18,11 @@ from feste.config import IGNORED, TrainConfig
 from feste.errors import FesteError
 from feste.shards import Shards
 
+if TYPE_CHECKING:
+    from feste.tokenizer import BPETokenizer
+
 HASH_BLOCK = 1 << 20      # tokens
+PROMPT_TOKENS = 8         # words of a sample's beginning at most, out of twice as many tokens
 MOST_IN_MEMORY = 1 << 24  # windows of an epoch whose order is held in memory: 128 MB
 
 
@@ -72,8 +77,7 @@ class Text:
                               config.batch_size)
 
     def scored(self, config: TrainConfig, most_tokens: int) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], str]:
-        """All windows of the held-out part, end to end, or as many as most_tokens allows, spread evenly; and a line
-        that says of what the score is."""
+        """Windows of the held-out part, as many as most_tokens allows, and a line that says of what the score is."""
         held_out, most = self.split(config)[1], max(1, most_tokens // config.seq_len)
         if (len(held_out) - 1) // config.seq_len <= most:
             starts, of = whole_starts(held_out, config.seq_len), "the whole held-out part"
@@ -81,9 +85,16 @@ class Text:
             starts, of = even_starts(held_out, config.seq_len, most), f"{most:,} windows spread over the held-out part"
         return window_batches(held_out, starts, config.seq_len, config.batch_size), of
 
-    def sample_prompts(self, config: TrainConfig, count: int) -> list[str]:
-        """A text asks nothing."""
-        return []
+    def sample_prompts(self, config: TrainConfig, tokenizer: BPETokenizer, count: int) -> list[str]:
+        """Beginnings to go on from: some words at places spread over the held-out part."""
+        held_out, found = self.split(config)[1], []
+        for place in np.linspace(0, max(0, len(held_out) - 4 * PROMPT_TOKENS), count).astype(np.int64).tolist():
+            text = tokenizer.decode(np.asarray(held_out[place:place + 2 * PROMPT_TOKENS]).tolist())
+            text = text.replace("\ufffd", "")
+            line = next((line for line in text.split("\n")[place > 0:] if len(line) > 3), text).strip()
+            words = line.split(" ")
+            found.append(" ".join(words[:-1][:PROMPT_TOKENS]) or line)  # the last word may be cut off
+        return [prompt for prompt in dict.fromkeys(found) if prompt]
 
 
 def split_tokens(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -204,7 +204,7 @@ class Pairs:
         return self.validation(config, count), (f"the answers of {'all ' if whole else ''}{count:,} held-out examples"
                                                 + ("" if whole else f" of {len(held_out):,}, spread evenly"))
 
-    def sample_prompts(self, config: TrainConfig, count: int) -> list[str]:
+    def sample_prompts(self, config: TrainConfig, tokenizer: BPETokenizer, count: int) -> list[str]:
         """What the first held-out examples ask."""
         return [self.prompts[i] for i in self.split(config)[1][:count]]
 

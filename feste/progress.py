@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from feste.config import TrainConfig
+from feste.terminal import clean
 
 REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
@@ -50,8 +52,8 @@ class Progress:
         self._console, self._bar = Console(), None
         if draws_a_bar():
             self._bar = RichProgress(
-                BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
-                TextColumn("left"), console=self._console, auto_refresh=False)
+                BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+                TextColumn("left"), console=self._console, auto_refresh=False, expand=True)
             self._task = self._bar.add_task("train", total=config.num_steps, completed=start, loss="")
 
     def __enter__(self) -> Progress:
@@ -83,5 +85,5 @@ class Progress:
         else:
             print(f"step {record['step']}  {text}  lr {record['learning_rate']:.3g}", flush=True)
         if "sample" in record:
-            self._console.print(f"sample of step {record['step']}: {record['sample']!r}", style="dim", markup=False,
-                                highlight=False, soft_wrap=True)
+            lines = [f"sample of step {record['step']}:", *clean(record["sample"]).splitlines()]
+            self._console.print(Text("\n  ".join(lines), "dim"), soft_wrap=self._bar is None)

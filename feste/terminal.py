@@ -44,6 +44,17 @@ def number(value: float | None, form: str = ".4f") -> str:
     return format(value, form) if math.isfinite(value) else str(value)
 
 
+def fitted(value: float | None, width: int) -> str:
+    """As many digits as fit, rounded; powers of ten where not even the whole number fits."""
+    if value is None or not math.isfinite(value):
+        return number(value)[:width]
+    for form in (".4f", ".3f", ".2f", ".1f", ".0f", ".1e", ".0e"):
+        text = format(value, form).replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+        if len(text) <= width:
+            return text
+    return text
+
+
 def figure(value: float | None) -> str:
     """Four significant digits; from a thousand on, whole numbers."""
     return number(value, ",.0f" if value is not None and abs(value) >= 1000 else ".4g")

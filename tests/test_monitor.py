@@ -273,7 +273,7 @@ async def test_mouse_on_the_curve(folder):
     async with Shown(folder) as (app, pilot):
         await pilot.hover("#curve", offset=(45, 5))
         assert app.plot.options.cursor == pytest.approx(51.2, abs=0.1)
-        await until(pilot, lambda: re.search(r"step 51  ● train \d", screen_text(app)))
+        await until(pilot, lambda: re.search(r"step 51  . train \d", screen_text(app)))
         app.plot._wheel(0.5, type("Event", (), {"x": 45, "stop": lambda self: None})())
         low, high = app.plot.options.view.bounds(1, 100)
         assert high - low == pytest.approx(49.5) and low < 50 < high
@@ -303,7 +303,7 @@ async def test_mouse_on_tabs_footer_and_scrub_bar(folder):
 
 SHOWN = ["live  running", "step 100 / 400 (25.0 %)", "left 2m 30s", "train 1.5071 ppl 4.51", "val 1.6071 ppl 4.99",
          "best 1.6071 ppl 4.99 at 100", "2 steps/s", "4,096 tok/s", "lr 0.0003", "grad norm 1.5", "loss █",
-         "ln V = 6.24", "best 1.6071 at 100", ">●", "★", "○", "100 %"]
+         "ln V = 6.24", "best 1.6071 at 100", ">◉", "★", "○", "100 %"]
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
@@ -321,12 +321,12 @@ async def test_everything_is_on_the_screen(folder, size):
 
 async def test_a_large_window_shows_the_other_metrics_beside_the_loss(folder):
     async with Shown(folder, size=(200, 60)) as (app, pilot):
-        metrics = ("learning rate  ● 0.0003", "gradient norm  ● 1.5", "tokens per second  ● 4,096")
+        metrics = ("learning rate  ◉ 0.0003", "gradient norm  ◉ 1.5", "tokens per second  ◉ 4,096")
         await until(pilot, lambda: all(name in screen_text(app) for name in metrics))
         await pilot.press("m")  # the large plot and a small one change places
-        await until(pilot, lambda: "learning rate  ● live 0.0003" in screen_text(app) and "★ best" in screen_text(app))
+        await until(pilot, lambda: "learning rate  ◉ live 0.0003" in screen_text(app) and "★ best" in screen_text(app))
         await pilot.hover("#gradient_norm", offset=(40, 3))  # one reading line for all
-        step = f"step {app.plot.options.cursor:,.0f}  ● "
+        step = f"step {app.plot.options.cursor:,.0f}  ◉ "
         await until(pilot, lambda: screen_text(app).count(step) == 4)
         await pilot.press("1")
         await until(pilot, lambda: "gradient norm" not in screen_text(app))
@@ -347,7 +347,7 @@ async def test_pinned_run_stays_while_another_is_selected(folder):
         await until(pilot, lambda: "at 100  ■ middle" in screen_text(app))
         assert "■P" in screen_text(app)
         plot = "\n".join(screen_text(app).splitlines()[-12:])
-        assert plot.count("■") > 2 and plot.count("●") > 2  # told apart without colour
+        assert plot.count("■") > 2 and plot.count("◉") > 2  # told apart without colour
         await pilot.press("u")
         await until(pilot, lambda: "at 100  ■ middle" not in screen_text(app))
 
@@ -383,7 +383,7 @@ async def test_tokens_axis(tmp_path):
     make_run(tmp_path / "untold", rows(100), info(started="2025"))
     async with Shown(tmp_path) as (app, pilot):
         await pilot.press("x", "x", "comma", "comma")
-        await until(pilot, lambda: re.search(r"20\d,\d{3} tokens  ● train 1\.5", screen_text(app)))
+        await until(pilot, lambda: re.search(r"20\d,\d{3} tokens  . train 1\.5", screen_text(app)))
         assert "by tokens" in screen_text(app) and "150k" in screen_text(app)
         await pilot.press("escape", "down")  # run.json does not tell how many tokens a step has
         await until(pilot, lambda: "no values here yet" in screen_text(app))
@@ -392,7 +392,7 @@ async def test_tokens_axis(tmp_path):
 async def test_the_reading_line_beyond_the_end_of_a_run(folder):
     async with Shown(folder) as (app, pilot):
         await pilot.press("down", "space", "up", "comma")
-        await until(pilot, lambda: re.search(r"step 100  ● train 1\.\d+  val 1\.\d+  ■ train -  val -",
+        await until(pilot, lambda: re.search(r"step 100  . train 1\.\d+  val 1\.\d+  ■ train -  val -",
                                              screen_text(app)))
 
 

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from feste import terminal as text
-from tools.monitor import curve, numbers
+from feste.terminal import fitted
+from tools.monitor import colours, curve, numbers
 from tools.monitor.curve import Axes, Series, View
+from tools.monitor.numbers import smooth
+from tools.monitor.runs import look_of
 
 values = hnp.arrays(float, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32))
 
@@ -48,7 +51,8 @@ def test_smoothing_of_many_rows_is_that_of_all():
     x = np.arange(len(y), dtype=float)
     sx, sy = numbers.smooth(x, y, 250, 20_000, 40_000)
     assert len(sx) <= numbers.POOL_LIMIT and sx[0] >= 20_000
-    np.testing.assert_allclose(sy, numbers.ema(y, 250)[sx.astype(int)], atol=0.03)
+    whole = numbers.ema(numbers.ema(y, 125)[::-1], 125)[::-1]
+    np.testing.assert_allclose(sy, whole[sx.astype(int)], atol=0.03)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(1, 12))
@@ -136,3 +140,43 @@ def test_clean_keeps_text():
                                                 (90_000, "1d 01h"), (math.nan, "-"), (None, "-")])
 def test_duration(seconds, words):
     assert text.duration(seconds) == words
+
+
+# ---- colours and looks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("palette", [colours.DARK, colours.LIGHT], ids=["dark", "light"])
+def test_colours_stand_out_from_their_background(palette):
+    for colour in (palette.good, palette.warning, palette.bad, *palette.runs):  # names of runs are written in theirs
+        assert colours.contrast(colour, palette.background) >= 4.5, colour
+    assert len(set(palette.runs)) == len(palette.runs)
+    assert colours.contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+def test_every_run_has_a_look_of_its_own_that_it_keeps():
+    names, looks = [f"run_{i}" for i in range(60)], {}
+    for name in names:
+        looks[name] = look_of(name, set(looks.values()))
+    assert len(set(looks.values())) == 60
+    assert look_of("run_7", set()) == look_of("run_7", set())
+    first = {name: look_of(name, set()) for name in names[:5]}
+    assert all(looks[name] == look for name, look in first.items() if list(first.values()).count(look) == 1)
+    assert look_of("another", set(range(64))) in range(64)
+
+
+def test_a_smooth_curve_does_not_lag():
+    """While a loss falls, the mean is not above every point; and a straight line stays where it is."""
+    x = np.arange(1000.0)
+    y = 4 + 4 * np.exp(-x / 100)
+    smoothed = smooth(x, y, 50, 0, 999)[1]
+    assert abs(smoothed[40:900] - y[40:900]).max() < 0.15
+    line = smooth(x, x, 50, 0, 999)[1]
+    assert abs(line[150:850] - x[150:850]).max() < 0.5
+
+
+@pytest.mark.parametrize(("value", "shown"), [(5.55555, "5.5556"), (55.55555, "55.556"), (248791.4, "248791"),
+                                              (2.49e16, "2.5e16"), (1.234e-9, "0.0000"), (None, "-"),
+                                              (-123456.7, "-1.2e5"),
+                                              (float("nan"), "nan"), (float("inf"), "inf"), (9.99999, "10.000")])
+def test_a_number_is_rounded_to_its_column(value, shown):
+    assert fitted(value, 6) == shown

@@ -203,7 +203,7 @@ def test_the_command_line_fine_tunes_a_model_without_an_end_of_text(tmp_path, ca
     assert info["train"]["seq_len"] == 64 and info["parent"]["checkpoint"] == str(tmp_path / "small.bin")
     assert main(["--resume", "run", "--steps", "70"]) == 0
     assert main(["--data", "pairs.jsonl", "--train-chars", "10"]) == 2
-    assert "train_chars is for texts" in capsys.readouterr().err
+    assert "--train-chars is for texts" in capsys.readouterr().err
 
 
 def test_a_model_from_nothing_and_a_file_that_is_no_pairs(tmp_path, capsys):

@@ -304,13 +304,13 @@ def test_a_run_the_disk_cannot_hold_is_refused(tmp_path, text_file, capsys, monk
     (["--data", ""], "is a directory without tokens; make a directory of tokens with `feste prepare"),
     (["--resume", ""], ". holds no checkpoint yet"),
     (["--n-embd", "100000000"], "not enough memory"),
-    (["--weight-decay", "inf"], "weight_decay must be a finite number"),
-    (["--n-heads", "5"], "n_embd must be divisible by n_heads"),
-    (["--vocab-size", "255"], "vocab_size must be an integer of at least 256"),
-    (["--seq-len", "17"], "seq_len=17 is beyond the model's block_size=16"),
+    (["--weight-decay", "inf"], "--weight-decay must be a finite number"),
+    (["--n-heads", "5"], "--n-embd must be divisible by --n-heads"),
+    (["--vocab-size", "255"], "--vocab-size must be an integer of at least 256"),
+    (["--seq-len", "17"], "--seq-len=17 is beyond the model's --block-size=16"),
     (["--train-chars", "30"], "tokens, but one window"),
-    (["--train-chars", "0"], "train_chars must be at least 1, got 0; see --train-chars"),
-    (["--steps", "0"], "num_steps must be a positive integer"),
+    (["--train-chars", "0"], "--train-chars must be at least 1, got 0"),
+    (["--steps", "0"], "--steps must be a positive integer"),
     (["--run-dir", "text.txt/run"], "cannot write the run directory text.txt/run: Not a directory"),
     (["--resume", "nowhere"], "nowhere is neither a checkpoint nor a run directory"),
 ])
@@ -329,7 +329,8 @@ def script(name: str, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--step", "3"], "unrecognized arguments: --step"), (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--step", "3"], "there is no --step, did you mean --steps?; --help"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--precision", "fp16"], "invalid choice: 'fp16'"), (["--steps", "many"], "invalid int value: 'many'"),
 ])
 def test_unknown_flags_and_presets_are_errors(flags, message):
@@ -353,7 +354,7 @@ def test_fine_tuning_starts_from_a_checkpoint_and_its_tokenizer(tmp_path, text_f
     assert done.returncode == 0, done.stderr
     assert read_rows(tmp_path / "second")[0]["train_loss"] < 4.5 < np.log(280)
     other = script("train.py", "--checkpoint", str(tmp_path / "first"), "--n-embd", "32", "--data", str(text_file))
-    assert other.returncode == 2 and "n_embd=16, not 32" in other.stderr
+    assert other.returncode == 2 and "--n-embd=16, not 32" in other.stderr
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path, text_file, capsys):
@@ -365,8 +366,8 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, text_file, capsys):
     (tokens / "tokens.json").write_text(json.dumps({"file": "tokens.bin", "dtype": ids.dtype.name, "tokens": len(ids)}))
     other.save(tokens / "tokenizer.json")
     data, new = ["--data", str(tokens)], ["--run-dir", str(tmp_path / "run"), "--steps", "2"]
-    for flags, message in ((["--vocab-size", "280"], "vocab_size=280 is less than the 300 tokens"),
-                           (["--train-chars", "9"], "train_chars is for texts")):
+    for flags, message in ((["--vocab-size", "280"], "--vocab-size=280 is less than the 300 tokens"),
+                           (["--train-chars", "9"], "--train-chars is for texts")):
         assert run_preset("tiny", [*flags, *data, *new]) == 2
         assert message in capsys.readouterr().err
     assert run_preset("tiny", [*data, *new]) == 0

@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.corpus import Source
 from feste.data import split_tokens
@@ -197,9 +198,9 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Compare runs.", epilog=EXAMPLES.format(prog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
+    parser = Parser(prog=prog, description="Compare runs.", epilog=EXAMPLES.format(prog))
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=["data"],
+                        help="run directories, or folders that hold some (default: data)")
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--bits-per-byte", nargs="?", const="", metavar="FILE", help="score the best checkpoint of "
                          "each run on a text (default: the part of their common training text that was held out)")

@@ -81,7 +81,7 @@ def cautions(runs: list[Run]) -> list[str]:
     texts = {run.info.get("corpus_sha256") for run in runs}
     if len(tokenizers) > 1:
         return ["the runs have different tokenizers, so their losses per token cannot be compared; "
-                "--bits-per-byte scores them fairly"]
+                f"--bits-per-byte{' FILE' if len(texts) > 1 else ''} scores them fairly"]
     if len(texts) > 1:
         return ["the runs were validated on different texts, so their losses cannot be compared; "
                 "--bits-per-byte FILE scores them on one"]

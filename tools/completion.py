@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from feste.__main__ import COMMANDS, load
+from feste.arguments import Parser
 
 PROG = "python -m tools.completion"
 EXAMPLES = """
@@ -18,16 +19,15 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Print completions for a shell.",
-                                     epilog=EXAMPLES.format(prog), allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Print completions for a shell.",
+                    epilog=EXAMPLES.format(prog))
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
 
 
 def whole_parser() -> argparse.ArgumentParser:
     """All commands and their flags in one parser."""
-    whole = argparse.ArgumentParser(prog="feste")
+    whole = Parser(prog="feste")
     words = whole.add_subparsers(dest="command")
     for name, command in COMMANDS.items():
         own = load(command).make_parser(f"feste {name}")

@@ -18,6 +18,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.machine import cpu_name, cpu_quota, memory, visible_cores
 from feste.version import __version__
 
@@ -154,8 +155,8 @@ PROG = "python -m tools.doctor"
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Tell what this machine can do and what it lacks. Paste it "
-                                     "into a report of a bug.", allow_abbrev=False)
+    parser = Parser(prog=prog, description="Tell what this machine can do and what it lacks. Paste it "
+                    "into a report of a bug.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.errors import FesteError
 from feste.formats import gguf_file, huggingface
@@ -78,9 +79,8 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Write a model for other programs.",
-                                     epilog=EXAMPLES.format(prog), allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Write a model for other programs.",
+                    epilog=EXAMPLES.format(prog))
     parser.add_argument("path", metavar="RUN", type=Path, help="a run, whose best checkpoint is taken, or a checkpoint")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="a new or empty directory")
     parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="transformers or GGUF (default: hf)")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.config import PRECISIONS
 from feste.errors import FesteError
@@ -29,9 +30,8 @@ then:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Make a checkpoint of a GPT-2 from Hugging Face.",
-                                     epilog=EXAMPLES.format(prog), allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Make a checkpoint of a GPT-2 from Hugging Face.",
+                    epilog=EXAMPLES.format(prog))
     parser.add_argument("directory", metavar="DIR", type=Path, help="a directory of transformers")
     parser.add_argument("-o", "--output", required=True, metavar="CHECKPOINT", type=Path, help="a new file")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="to compute with (default: fp32)")

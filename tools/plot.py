@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from feste.arguments import Parser
 from feste.cli import guarded
+from feste.terminal import compact
 
 from .comparison import cautions, labels, rows, same_step_samples
 from .runs import Run, open_runs
@@ -124,6 +126,7 @@ def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str)
         axes.set_yscale("log")
         _plain_log_ticks(axes)
     if title == "loss, nats per token":
+        _leave_out_outliers(axes, runs)
         _explain_losses(axes, runs)
 
 
@@ -135,7 +138,20 @@ def _plain_log_ticks(axes) -> None:
     inside = [value for value in decimal.tick_values(low, high) if low <= value <= high]
     axes.yaxis.set_major_locator(decimal if len(inside) >= 3 else MaxNLocator(5))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+
+
+def _leave_out_outliers(axes, runs: list[Run]) -> None:
+    """A run that diverged must not flatten the others: what is twice as high as any run began is left out, and said."""
+    sizes = [run.configuration().get("vocab_size") for run in runs]
+    begun = [float(y[np.isfinite(y)][0]) for y in (run.columns["train_loss"] for run in runs) if np.isfinite(y).any()]
+    top = 2.0 * max([math.log(size) for size in sizes if isinstance(size, int) and size > 1] or begun, default=0.0)
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
+    inside = values[np.isfinite(values) & (values <= top)]
+    if len(inside) and (values > top).any():
+        axes.set_ylim(float(inside.min()) - 0.05 * (top - float(inside.min())), top)
+        axes.annotate(f"losses above {top:.3g} are left out", (0.5, 1.0), (0, -10), xycoords="axes fraction",
+                      textcoords="offset points", ha="center", fontsize=8, color="dimgrey")
 
 
 def _explain_losses(axes, runs: list[Run]) -> None:
@@ -276,9 +292,9 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Draw the curves of runs.", epilog=EXAMPLES.format(prog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
+    parser = Parser(prog=prog, description="Draw the curves of runs.", epilog=EXAMPLES.format(prog))
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=["data"],
+                        help="run directories, or folders that hold some (default: data)")
     parser.add_argument("-o", "--output", default="loss.png", metavar="FILE",
                         help=f"{', '.join(FORMATS)} by its ending (default: loss.png)")
     parser.add_argument("--x", choices=AXES, default="step", help="what the horizontal axis counts (default: step)")

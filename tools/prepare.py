@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.documents import ON_BAD_LINE, Reading, files_of, hash_of, pieces
 from feste.errors import FesteError
@@ -51,8 +52,7 @@ then:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0], epilog=EXAMPLES.format(prog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__.partition("\n")[0], epilog=EXAMPLES.format(prog))
     parser.add_argument("files", nargs="+", metavar="FILE", help="texts, JSON lines (*.jsonl, *.ndjson), folders")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="a new or unfinished directory")
     parser.add_argument("--layout", choices=LAYOUTS, default="nanogpt", help="of tokens.bin (default: nanogpt)")

@@ -88,10 +88,14 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """The directories of the runs that some paths mean, each a run or a folder of runs; FesteError if it is neither."""
     found: list[Path] = []
     for path in map(Path, paths):
+        if len(paths) > 1 and path.is_file() and path.name not in (LOG, INFO):
+            continue  # data/* names texts too
         inside = run_directories(directory_of(path))
         if not inside:
             raise FesteError(f"{path} is no run directory: it has no {LOG}, and no directory in it has one", "runs")
         found += inside
+    if not found:
+        raise FesteError(f"none of {', '.join(map(str, paths))} is a run directory", "runs")
     return found
 
 

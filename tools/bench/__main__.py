@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.corpus import shakespeare_text
 from feste.ops import get_num_threads
@@ -367,9 +368,8 @@ examples:
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:12}{function.__doc__.splitlines()[0]}" for name, function in ALL.items())
-    parser = argparse.ArgumentParser(prog=prog, description="Measure speed and memory.", allow_abbrev=False,
-                                     epilog=EXAMPLES.format(prog=prog, disciplines=listed),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Measure speed and memory.",
+                    epilog=EXAMPLES.format(prog=prog, disciplines=listed))
     parser.add_argument("discipline", choices=list(ALL), metavar="DISCIPLINE", help="what to measure, see below")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="models (default: all four)")
     parser.add_argument("--precisions", nargs="+", choices=GENERATION_PRECISIONS, default=PRECISIONS,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.progress import discard_output
 
 from .demo import Demo
@@ -25,9 +26,8 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Watch training runs in the terminal. Press ? there for "
-                                     "the keys.", epilog=EXAMPLES.format(prog), allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Watch training runs in the terminal. Press ? there for "
+                    "the keys.", epilog=EXAMPLES.format(prog))
     parser.add_argument("paths", nargs="*", metavar="PATH", help="run directories, or folders that hold some "
                         "(default: data)")
     parser.add_argument("--demo", action="store_true", help="show made-up runs, one of them live")

@@ -16,7 +16,7 @@ from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Footer, Static
 
-from . import keys
+from . import colours, keys
 from .curve import View
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
@@ -237,6 +237,13 @@ class Monitor(App):
 
     def action_dark(self) -> None:
         self.theme = "textual-light" if self.theme == "textual-dark" else "textual-dark"
+
+    def watch_theme(self, theme: str) -> None:
+        """Runs and states have other colours on another background."""
+        colours.use(theme != "textual-light")
+        if self.screen_stack and self.watch.runs:
+            with suppress(NoMatches):
+                self.show()
 
     def action_help(self) -> None:
         self.push_screen(Help())

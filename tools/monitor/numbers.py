@@ -69,13 +69,18 @@ def ema(values: np.ndarray, span: float) -> np.ndarray:
 
 
 def smooth(x: np.ndarray, y: np.ndarray, span: float, x0: float, x1: float) -> tuple[np.ndarray, np.ndarray]:
-    """The EMA over span points where x0 <= x <= x1; what lies up to five spans before it takes part."""
-    begin = max(0, int(np.searchsorted(x, x0, "left")) - math.ceil(5 * span))
-    end = np.searchsorted(x, x1, "right")
+    """A centred mean over about span points where x0 <= x <= x1: an EMA forwards, and then one backwards.
+
+    One alone lags: while a loss falls, it lies above every point. What lies up to five spans outside takes part.
+    """
+    margin = math.ceil(5 * span)
+    begin = max(0, int(np.searchsorted(x, x0, "left")) - margin)
+    end = int(np.searchsorted(x, x1, "right")) + margin
     x, y, size = pool(x[begin:end], y[begin:end])
-    y = ema(y, span / size)
-    keep = np.searchsorted(x, x0, "left")
-    return x[keep:], y[keep:]
+    if len(y) and y.min() < y.max():  # of a level line, only rounding errors would be seen
+        y = ema(ema(y, span / size / 2)[::-1], span / size / 2)[::-1]
+    keep = slice(np.searchsorted(x, x0, "left"), np.searchsorted(x, x1, "right"))
+    return x[keep], y[keep]
 
 
 def value_at(x: np.ndarray, y: np.ndarray, place: float) -> float | None:

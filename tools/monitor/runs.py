@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
 
 from ..runs import Run, Summary, directory_of, run_directories, summarise
+from . import colours
 
-# Told apart by most colour-blind eyes (after Okabe and Ito), and by the marker without any colour.
-COLOURS = ("#56b4e9", "#e69f00", "#2fbf8f", "#cc79a7", "#e8dc4a", "#e2703a", "#8c9eff", "#a8a8a8")
-MARKERS = "●■▲◆▼◉✚✖"
 NAMES = ("step", "elapsed_seconds", "learning_rate", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
 SORTS = ("newest", "best loss", "name")
 POLL_BYTES = 4 << 20
+N_COLOURS = len(colours.DARK.runs)
 
 
 class FollowedRun(Run):
@@ -23,13 +24,18 @@ class FollowedRun(Run):
     columns (see RunReader), samples: (step, text), and summary belong together. fresh: there is more to take.
     """
 
-    def __init__(self, path: Path, number: int) -> None:
+    def __init__(self, path: Path, look: int) -> None:
         super().__init__(path, names=NAMES)
-        self.colour, self.marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        self._colour = look % N_COLOURS
+        self.marker = colours.MARKERS[look // N_COLOURS % len(colours.MARKERS)]
         self._known: tuple | None = None
         self.fresh = True
         self._latest = (self.reader.columns, [], Summary(self.name, self.key, "waiting"))
         self.take()
+
+    @property
+    def colour(self) -> str:
+        return colours.palette.runs[self._colour]
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -60,12 +66,23 @@ class FollowedRun(Run):
         self._taken = self._latest
 
 
+def look_of(name: str, taken: Set[int]) -> int:
+    """Which of the pairs of a colour and a marker a run has: by its name, so that it keeps them, or the next free one.
+
+    The next one has another colour. When all pairs are taken, they are shared.
+    """
+    pairs = N_COLOURS * len(colours.MARKERS)
+    first = zlib.crc32(name.encode(errors="replace")) % pairs
+    return next((look for look in ((first + i) % pairs for i in range(pairs)) if look not in taken), first)
+
+
 class Watch:
     """The runs of some paths, each a run directory, a folder that holds some, or nothing yet."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = [directory_of(path) for path in paths]
         self.runs: dict[str, FollowedRun] = {}
+        self._looks: set[int] = set()
 
     def scan(self) -> None:
         """Take up runs that have come. A run that has gone stays in the list."""
@@ -73,7 +90,9 @@ class Watch:
             for directory in run_directories(path):
                 key = str(directory)
                 if key not in self.runs:
-                    self.runs[key] = FollowedRun(directory, len(self.runs))
+                    look = look_of(directory.absolute().name, self._looks)
+                    self._looks.add(look)
+                    self.runs[key] = FollowedRun(directory, look)
 
     def poll(self) -> bool:
         """Read what is new in every run; True if there is more to read at once."""

@@ -17,7 +17,7 @@ from textual.widgets import DataTable, Static
 from feste import terminal as text
 
 from ..runs import Summary
-from . import summary
+from . import colours, summary
 from .curve import Row
 from .keys import GROUPS, MOUSE
 from .numbers import sparkline
@@ -25,8 +25,6 @@ from .picture import Options, extent, picture
 from .runs import FollowedRun
 
 STATE_WORDS = {"early_stopped": "early stop"}
-STATE_STYLES = {"running": "bold green", "failed": "bold red", "crashed": "bold red", "stalled": "bold yellow",
-                "gone": "dim", "waiting": "dim"}
 # key, head, width; figures are on the right of their columns, and a gap is part of the width
 WORDS = ("mark", "run", "state")
 NARROW = (("mark", "", 4), ("run", "run", 0), ("state", "state", 11), ("done", "done", 6), ("loss", "train", 7),
@@ -39,6 +37,11 @@ WIDE = (*NARROW[:3], ("done", "done", 7), ("loss", "train", 9), ("val", "val", 9
 def joined(row: Row) -> Text:
     """Styled text from pieces; the text is never taken for markup."""
     return Text.assemble(*[(piece, style) for piece, style in row], no_wrap=True, overflow="ellipsis", end="")
+
+
+def _same(old: Text | str, new: Text) -> bool:
+    """Whether two cells look alike: a Text is equal to another one of any style."""
+    return isinstance(old, Text) and old == new and old.style == new.style
 
 
 class RunTable(DataTable):
@@ -73,7 +76,7 @@ class RunTable(DataTable):
         for run in runs:
             name_width = self.columns["run"].width - 1
             for key, cell in self._cells(run, run is selected, run.key in pinned, name_width).items():
-                if key in self.columns and self.get_cell(run.key, key) != cell:
+                if key in self.columns and not _same(self.get_cell(run.key, key), cell):
                     self.update_cell(run.key, key, cell)
         if selected in runs and self.cursor_row != runs.index(selected):  # it scrolls there, so only when it has to
             self.move_cursor(row=runs.index(selected))
@@ -83,13 +86,13 @@ class RunTable(DataTable):
         s = run.summary
         done = text.compact(s.step) if s.fraction is None and s.step is not None else (
             text.UNKNOWN if s.fraction is None else f"{int(100 * s.fraction)} %")
-        right = {"done": done, "loss": text.number(s.train_loss)[:6], "val": text.number(s.val_loss)[:6],
-                 "best": text.number(s.best_loss)[:6], "rate": text.rate(s.steps_per_second),
+        right = {"done": done, "loss": text.fitted(s.train_loss, 6), "val": text.fitted(s.val_loss, 6),
+                 "best": text.fitted(s.best_loss, 6), "rate": text.rate(s.steps_per_second),
                  "tokens": text.rate(s.tokens_per_second), "left": text.duration(s.seconds_left),
                  "elapsed": text.duration(s.elapsed_seconds), "size": text.count(s.parameters)}
         return {"mark": Text(f"{'>' if selected else ' '}{run.marker}{'P' if pinned else ' '}", run.colour),
                 "run": Text(text.shorten(run.name, name_width), "bold" if selected else ""),
-                "state": Text(STATE_WORDS.get(s.state, s.state), STATE_STYLES.get(s.state, "")),
+                "state": Text(STATE_WORDS.get(s.state, s.state), colours.palette.state(s.state)),
                 **{key: Text(value, justify="right") for key, value in right.items()}}
 
     def on_click(self, event: events.Click) -> None:
@@ -106,13 +109,13 @@ class Status(Static):
     def show(self, run: FollowedRun, width: int) -> None:
         s = run.summary
         head = joined([(f"{run.marker} {text.shorten(s.name, max(10, width - 34))}  ", f"bold {run.colour}"),
-                       (summary.state(s), STATE_STYLES.get(s.state, "bold"))])
+                       (summary.state(s), colours.palette.state(s.state) or "bold")])
         figures = [summary.losses(s), summary.pace(s)]
         if width >= sum(map(len, figures)) + 4:
             figures = ["    ".join(figures)]
         lines = [head, joined(self._bar(run, s, width)), *(joined([(line, "")]) for line in figures),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
-        lines += [joined([(f"! {problem}", "bold yellow")]) for problem in s.problems[:3]]
+        lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")]) for problem in s.problems[:3]]
         self.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines))
 
     @staticmethod
@@ -144,7 +147,7 @@ class Plot(Widget):
 
     def show(self, run: FollowedRun | None, pinned: list[FollowedRun], options: Options) -> None:
         self.run, self.pinned, self.options = run, pinned, options
-        shown = ([one and (one.key, one.summary) for one in (run, *pinned)], replace(options))
+        shown = ([one and (one.key, one.summary) for one in (run, *pinned)], replace(options), colours.palette)
         if shown != self._shown:  # a long run is not drawn again for nothing
             self._shown = shown
             self.refresh()

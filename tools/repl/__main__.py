@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from feste.arguments import Parser
 from feste.cli import guarded
 from feste.config import GENERATION_PRECISIONS
 from feste.errors import FesteError
@@ -43,6 +44,7 @@ def line_editing() -> Iterator[None]:
     readline.set_completer_delims(" ")
     readline.set_completer(_complete)
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # lines that are pasted together are one prompt
     readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):  # a history that cannot be read or kept is no reason not to talk
         readline.read_history_file(path)
@@ -70,6 +72,7 @@ def _script_line(_: str) -> str:
 
 
 PROG = "python -m tools.repl"
+RUNS = "data"  # where runs are if nobody says so
 ALIASES = {"temp": ("--temperature",), "tokens": ("--max-new-tokens",), "samples": ("--num-samples",)}
 EXAMPLES = """
 With a pipe for standard input, each line is a prompt (or a command), and only the answers go to standard output.
@@ -83,10 +86,9 @@ examples:
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Talk to a model.", epilog=EXAMPLES.format(prog),
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description="Talk to a model.", epilog=EXAMPLES.format(prog))
     parser.add_argument("paths", nargs="*", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or of a run its best one; "
-                        "of several runs, or a folder of runs, that of the newest")
+                        "of several runs, or a folder of runs, that of the newest (default: data)")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answer each prompt from two checkpoints")
     sampling = parser.add_argument_group("how answers are made")
     for name, dial in DIALS.items():
@@ -101,11 +103,11 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> int:
-    if bool(args.paths) == bool(args.compare):
+    if args.paths and args.compare:
         raise FesteError("name a checkpoint or run directories, or two with --compare A B")
     settings = _settings(args)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    models = [LoadedModel(path, args.precision) for path in args.compare or [_one_of(args.paths)]]
+    models = [LoadedModel(path, args.precision) for path in args.compare or [_one_of(args.paths or [RUNS])]]
     for line in (line for loaded in models for line in loaded.passed_over):
         print(f"passed over: {line}", file=sys.stderr)
     repl = Repl(models, settings, interactive, "\0" if args.null else "\n")
