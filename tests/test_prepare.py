@@ -484,3 +484,22 @@ def test_training_on_parquet_names_the_way(tmp_path, capsys):
     from feste.cli import main
     assert main(["--data", str(write_parquet(tmp_path / "rows.parquet", ["a"]))]) == 2
     assert "feste prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["nanogpt", "llm.c"])
+def test_a_split_for_other_programs(tmp_path, tokenizer, capsys, layout):
+    from feste.shards import load_shards
+    path = tmp_path / "text.txt"
+    path.write_text(some_text(3000), encoding="utf-8")
+    assert prepare.main(command(tmp_path, path, layout=layout, split=0.1)) == 0
+    assert "val.bin" in capsys.readouterr().out
+    tokens, n = load_tokens(tmp_path / "out")[0], len(load_tokens(tmp_path / "out")[0])
+    (tmp_path / "theirs").mkdir()
+    for name in ("train.bin", "val.bin"):
+        shutil.move(tmp_path / "out" / name, tmp_path / "theirs" / name)
+    train, held_out = load_shards(tmp_path / "theirs")
+    assert len(held_out) == int(n * 0.1)
+    assert np.array_equal(np.concatenate([np.asarray(train), np.asarray(held_out)]), tokens)
+    assert prepare.main(command(tmp_path, path, layout=layout, split=1.5)) == 2
+    assert prepare.main(command(tmp_path, path, layout=layout, split=1e-9)) == 2
+    assert "leaves nothing" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from feste.documents import ON_BAD_LINE, Reading, files_of, hash_of, pieces
 from feste.errors import FesteError
 from feste.text import ERRORS, TextFile
 from feste.tokenizer import END_OF_TEXT, BPETokenizer
-from feste.tokens import LAYOUTS, SKIPPED, TOKENIZER, Journal, TokenDirectory, TokenWriter
+from feste.tokens import LAYOUTS, SKIPPED, TOKENIZER, Journal, TokenDirectory, TokenWriter, write_split
 
 HINTS = {"data": "name text files or JSON lines", "encoding": "name the encoding with --encoding",
          "errors": "use --errors replace", "json_field": "name the field that holds the text with --json-field",
@@ -56,6 +56,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="FILE", help="texts, JSON lines (*.jsonl, *.ndjson), folders")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="a new or unfinished directory")
     parser.add_argument("--layout", choices=LAYOUTS, default="nanogpt", help="of tokens.bin (default: nanogpt)")
+    parser.add_argument("--split", type=float, metavar="FRACTION", help="also write train.bin and val.bin for other "
+                        "programs, with the last FRACTION of the tokens in val.bin")
     tokenizer = parser.add_argument_group("the tokenizer, one of")
     which = tokenizer.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or a rank file of tiktoken")
@@ -86,10 +88,15 @@ def _run(args: argparse.Namespace) -> int:
     tokenizer = BPETokenizer.load(args.tokenizer) if args.tokenizer else None
     if tokenizer and tokenizer.end_of_text is None:
         print(f"note: the tokenizer has no {END_OF_TEXT}; nothing will stand between documents", file=sys.stderr)
+    if args.split is not None and not 0 < args.split < 1:
+        raise FesteError(f"--split must lie between 0 and 1, got {args.split}")
     reading = Reading(args.json_field, args.encoding, args.errors, args.on_bad_line)
     index = prepare(files_of(args.files), args.output, reading, tokenizer, args.vocab_size, args.layout)
     print(f"{args.output}: {index['tokens']:,} tokens ({index['dtype']}), documents: {index['documents']:,}. "
           f"Train on it with --data {args.output}")
+    if args.split is not None:
+        print("for other programs: " + ", ".join(f"{args.output / name}, {count:,} tokens"
+                                                 for name, count in write_split(args.output, args.split).items()))
     if index.get("skipped"):
         _show_skipped(args.output / SKIPPED, index["skipped"])
     return 0
