@@ -195,7 +195,7 @@ def test_a_signal_saves_at_a_step_boundary(folder, tmp_path, phase, number):
     run_dir = tmp_path / "run"
     code, out, err = run(arguments(folder, run_dir), phase=phase, at=torture.PHASES[phase], signals=[number])
     assert code == 128 + number, err
-    assert f"continue with: --resume {run_dir}" in out
+    assert f" --resume {run_dir}" in out
     assert err == (f"\n{signal.Signals(number).name}: stops and saves after this step; one more Ctrl+C or "
                    "SIGTERM quits at once\n")
     info = read_info(run_dir)

@@ -298,7 +298,7 @@ def test_a_fresh_process_resumes_with_other_threads(tmp_path):
     assert_same_run(tmp_path / "whole", halves)
     done = run("--resume", str(halves))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "extend it with a larger num_steps; see --steps\n" in done.stderr
+    assert "extend it with a larger --steps\n" in done.stderr
     done = run("--resume", str(halves), "--steps", "40", "--seed", "9")
     assert done.returncode == 2 and "seed was 3 and is 9" in done.stderr
     done = run("--resume", str(halves), "--steps", "40", "--seed", "3", "--dry-run")  # the same seed is no change

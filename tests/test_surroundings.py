@@ -85,7 +85,7 @@ def test_runs_that_start_in_the_same_second_get_directories_of_their_own(folder)
 def test_the_warning_of_a_batch_system_saves_and_ends_the_run(folder, tmp_path, number):
     run_dir = tmp_path / "run"
     code, out, err = run(arguments(folder, run_dir), phase="step", at=7, signals=[number, number, number])
-    assert code == 128 + number and f"continue with: --resume {run_dir}" in out
+    assert code == 128 + number and f" --resume {run_dir}" in out
     assert err.count(f"{number.name}: stops and saves after this step") == 1
     assert verify(find_checkpoint(run_dir)[0]) == 7
     assert (read_info(run_dir)["state"], read_info(run_dir)["reason"]) == ("interrupted", number.name)
