@@ -198,7 +198,7 @@ class BPETokenizer:
 
     @property
     def end_of_text(self) -> int | None:
-        """The id of <|endoftext|>, or None for a tokenizer without it."""
+        """The id of `<|endoftext|>`, or None for a tokenizer without it."""
         return self.special_tokens.get(END_OF_TEXT)
 
     # ---- encoding -------------------------------------------------------------------------------------------
