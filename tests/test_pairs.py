@@ -1,6 +1,9 @@
 """Questions and answers: what counts, how they are read and batched, and training on them."""
 
+import importlib.util
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +11,13 @@ import pytest
 from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, TrainConfig, train_gpt2
 from feste.cli import main
 from feste.config import IGNORED
-from feste.corpus import Source
+from feste.corpus import Source, shakespeare_text
 from feste.errors import FesteError
 from feste.pairs import Pairs, PairsError, read_pairs
 from feste.tokenizer import END_OF_TEXT
+from tools.export import main as export
+
+ROOT = Path(__file__).parent.parent
 
 SMALL = Config(vocab_size=300, n_embd=32, n_layers=2, n_heads=2, block_size=64)
 TOKENIZER = BPETokenizer.train("what is one and one and what is two " * 20, 270, [END_OF_TEXT])
@@ -248,3 +254,25 @@ def test_stop_tokens_end_each_sample_on_its_own():
         assert cut == whole[:end]
     one = model.generate([1, 2], 30, temperature=0)
     assert model.generate([1, 2], 30, temperature=0, stop_tokens={one[5]}) == one[:one.index(one[5], 2)]
+
+
+# ---- the example -------------------------------------------------------------------------------------------
+
+
+def test_the_example_from_a_checkpoint_and_from_a_directory_of_transformers(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "09_finetune_gpt2.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example, "CONFIG", replace(example.CONFIG, num_steps=3))
+    monkeypatch.setattr(example, "shakespeare_text", lambda: shakespeare_text()[20_000:60_000])
+    assert example.guarded(lambda: example.start([])) == 2
+    assert "make small" in capsys.readouterr().err
+    tokenizer = BPETokenizer.train(shakespeare_text()[:50_000], 400)
+    Checkpoint.save("small.bin", GPT2(Config(400, 32, 1, 2, 256), seed=1), tokenizer)
+    assert example.start(["small.bin"]) == 0
+    out = capsys.readouterr().out
+    assert "who speaks next: 0.0% of the held-out" in out and "how a line ends" in out
+    assert Checkpoint.load("data/shakespeare_questions.bin").tokenizer.end_of_text == 400
+    assert export(["data/shakespeare_questions.bin", "-o", "hf"]) == 0
+    assert example.start(["hf"]) == 0
