@@ -7,6 +7,7 @@ errors name fields and arguments; what the flags for them are called is known he
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import shutil
@@ -27,7 +28,7 @@ except ImportError as error:  # the kernels are not compiled, or not for this CP
     sys.exit(2)
 from feste import plan
 from feste.arguments import Parser
-from feste.config import FINETUNE, PRECISIONS, PRESETS, Config, Preset, TrainConfig
+from feste.config import FINETUNE, IGNORED, PRECISIONS, PRESETS, Config, Preset, TrainConfig
 from feste.corpus import Source
 from feste.errors import FesteError
 from feste.evaluation import mean_loss, perplexity
@@ -457,8 +458,11 @@ def training_command() -> str:
 def _held_out(the_plan: Plan) -> str:
     """The loss over the held-out part, in a line that says of how much of it."""
     batches, of = the_plan.data.scored(the_plan.config, HELD_OUT_TOKENS)
+    batches = list(batches)
     loss = mean_loss(the_plan.model, batches)
-    return f"loss over {of}: {loss:.4f} nats (perplexity {perplexity(loss):.2f})"
+    counted = np.concatenate([targets[targets != IGNORED] for _, targets in batches])
+    bits = loss / math.log(2.0) * len(counted) / max(1, len(the_plan.tokenizer.decode_bytes(counted.tolist())))
+    return f"loss over {of}: {loss:.4f} nats (perplexity {perplexity(loss):.2f}), {bits:.3f} bits per byte"
 
 
 def show_samples(the_plan: Plan) -> None:

@@ -1,12 +1,13 @@
 """What somebody meets first: mistyped flags, hints, prompts of their own text, and curves with an outlier."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 from rich.text import Text
 
-from feste import BPETokenizer, TrainConfig, ops
+from feste import BPETokenizer, TrainConfig, ops, split_tokens
 from feste.arguments import Parser
 from feste.cli import explain, main, program, training_command
 from feste.data import Text as Tokens
@@ -88,6 +89,18 @@ def test_samples_of_ones_own_text_begin_with_its_words(tmp_path, text_file, caps
     assert begun.split()[0] in ("the", "sing", "bees", "garden", "of", "to", "roses")
     assert train(tmp_path, text_file, "--sample-prompt", "ROMEO:", name="romeo") == 0
     assert "ROMEO:" in capsys.readouterr().out
+
+
+def test_the_score_at_the_end_is_in_bits_per_byte_too(tmp_path, text_file, capsys):
+    assert train(tmp_path, text_file) == 0
+    found = re.search(r"loss over the whole held-out part: ([\d.]+) nats .*, ([\d.]+) bits per byte",
+                      capsys.readouterr().out)
+    tokenizer = BPETokenizer.load(tmp_path / "run" / "tokenizer.json")
+    ids = tokenizer.encode_to_numpy(text_file.read_text())
+    held_out = split_tokens(ids, 0.1)[1]
+    scored = held_out[1:(len(held_out) - 1) // 16 * 16 + 1]
+    bits = float(found[1]) / np.log(2) * len(scored) / len(tokenizer.decode_bytes(scored.tolist()))
+    assert float(found[2]) == pytest.approx(bits, abs=2e-3)
 
 
 def test_prompts_are_words_of_the_held_out_part():
