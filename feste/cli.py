@@ -471,13 +471,12 @@ def show_samples(the_plan: Plan) -> None:
     A model's words cannot steer the terminal.
     """
     tokenizer, asked = the_plan.tokenizer, isinstance(the_plan.data, Pairs)
-    stop_tokens = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
     own = the_plan.info["data_flags"]["data"] is not None
     for prompt in the_plan.data.sample_prompts(the_plan.config, tokenizer, len(PROMPTS)) if own else PROMPTS:
         ids = tokenizer.encode(prompt)
         for temperature in (0.0,) if asked else TEMPERATURES:
             new = the_plan.model.generate(ids, SAMPLE_TOKENS, temperature, seed=the_plan.config.seed,
-                                          vocab_size=tokenizer.vocab_size, stop_tokens=stop_tokens)
+                                          vocab_size=tokenizer.vocab_size, stop_tokens=tokenizer.stop_tokens)
             print(f"\n--- temperature {temperature} ---\n{clean(the_plan.tokenizer.decode(new))}")
 
 

@@ -78,11 +78,10 @@ class Text:
 
     def scored(self, config: TrainConfig, most_tokens: int) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], str]:
         """Windows of the held-out part, as many as most_tokens allows, and a line that says of what the score is."""
-        held_out, most = self.split(config)[1], max(1, most_tokens // config.seq_len)
-        if (len(held_out) - 1) // config.seq_len <= most:
-            starts, of = whole_starts(held_out, config.seq_len), "the whole held-out part"
-        else:
-            starts, of = even_starts(held_out, config.seq_len, most), f"{most:,} windows spread over the held-out part"
+        held_out = self.split(config)[1]
+        starts = scored_starts(held_out, config.seq_len, most_tokens)
+        whole = len(starts) == (len(held_out) - 1) // config.seq_len
+        of = "the whole held-out part" if whole else f"{len(starts):,} windows spread over the held-out part"
         return window_batches(held_out, starts, config.seq_len, config.batch_size), of
 
     def sample_prompts(self, config: TrainConfig, tokenizer: BPETokenizer, count: int) -> list[str]:
@@ -212,6 +211,11 @@ def count_targets(targets: np.ndarray) -> int:
 def whole_starts(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     """Starts of all whole windows with targets, end to end."""
     return np.arange((len(tokens) - 1) // seq_len) * seq_len
+
+
+def scored_starts(tokens: np.ndarray, seq_len: int, most_tokens: int) -> np.ndarray:
+    """Starts of all whole windows, or of as many, spread evenly, as most_tokens allows."""
+    return even_starts(tokens, seq_len, max(1, most_tokens // seq_len))
 
 
 def even_starts(tokens: np.ndarray, seq_len: int, count: int) -> np.ndarray:

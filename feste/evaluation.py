@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feste.data import count_targets, even_starts, whole_starts, window_batches, windows
+from feste.data import count_targets, scored_starts, whole_starts, window_batches, windows
 
 if TYPE_CHECKING:
     from feste.model import GPT2
@@ -36,10 +36,7 @@ def held_out_loss(model: GPT2, tokens: np.ndarray, seq_len: int, batch_size: int
 
     All windows, end to end, or as many as most_tokens allows, spread evenly.
     """
-    starts = whole_starts(tokens, seq_len)
-    most = max(1, most_tokens // seq_len)
-    if len(starts) > most:
-        starts = even_starts(tokens, seq_len, most)
+    starts = scored_starts(tokens, seq_len, most_tokens)
     return mean_loss(model, window_batches(tokens, starts, seq_len, batch_size)), len(starts)
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from feste.errors import FesteError
 
-HEADER_BYTES = 1024
-DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic and version -> tokens
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
+DTYPES = {(LLMC_MAGIC, LLMC_VERSION): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic and version -> tokens
 RAW = ("train.bin", "val.bin")
 PICKLE = "meta.pkl"
 SAMPLES, SAMPLE_TOKENS = 64, 4096  # of each file, for a fingerprint
@@ -97,7 +97,7 @@ def _files(folder: str | os.PathLike) -> list[Path]:
 def _header(path: Path) -> np.ndarray | None:
     """Magic, version and count of a shard of llm.c, or None."""
     with open(path, "rb") as file:
-        words = np.frombuffer(file.read(12), "<i4", count=-1) if path.stat().st_size >= HEADER_BYTES else []
+        words = np.frombuffer(file.read(12), "<i4", count=-1) if path.stat().st_size >= LLMC_HEADER_BYTES else []
     return words if len(words) == 3 and words[0] in {magic for magic, _ in DTYPES} else None
 
 
@@ -116,7 +116,7 @@ def _tokens(path: Path) -> np.ndarray:
     if dtype is None:
         known = " or ".join(f"{v} with magic {m}" for m, v in DTYPES)
         raise ShardsError(f"{path} is a shard of version {version} with magic {magic}; known are {known}", "data")
-    if count < 1 or size != HEADER_BYTES + count * dtype.itemsize:
-        raise ShardsError(f"{path} says that it has {count:,} tokens, and has {size - HEADER_BYTES:,} bytes of them "
-                          f"instead of {count * dtype.itemsize:,}; it was cut off, or is damaged", "data")
-    return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES)
+    if count < 1 or size != LLMC_HEADER_BYTES + count * dtype.itemsize:
+        raise ShardsError(f"{path} says that it has {count:,} tokens, and has {size - LLMC_HEADER_BYTES:,} bytes "
+                          f"of them instead of {count * dtype.itemsize:,}; it was cut off, or is damaged", "data")
+    return np.memmap(path, dtype, mode="r", offset=LLMC_HEADER_BYTES)

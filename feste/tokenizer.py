@@ -201,6 +201,11 @@ class BPETokenizer:
         """The id of `<|endoftext|>`, or None for a tokenizer without it."""
         return self.special_tokens.get(END_OF_TEXT)
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids at which a generated text ends: that of `<|endoftext|>`, if there is one."""
+        return () if self.end_of_text is None else (self.end_of_text,)
+
     # ---- encoding -------------------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:

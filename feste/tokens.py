@@ -24,13 +24,13 @@ import numpy as np
 
 from feste import disk
 from feste.errors import FesteError
+from feste.shards import LLMC_HEADER_BYTES, LLMC_MAGIC, LLMC_VERSION
 from feste.tokenizer import BPETokenizer
 
 INDEX, JOURNAL, TOKENS, TOKENIZER, SKIPPED, LOCK = ("tokens.json", "journal.json", "tokens.bin", "tokenizer.json",
                                                     "skipped.txt", ".lock")
 LAYOUTS = ("nanogpt", "llm.c")
 SPLIT_BLOCK = 1 << 22  # tokens that are copied at once
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
 
 
 class TokensError(FesteError):

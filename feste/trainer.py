@@ -151,7 +151,7 @@ def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
 def _sample(run: Run, step: int) -> str:
     """Text of the model; it has a seed of its own, so that it does not disturb the run."""
     ids = run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE, seed=run.config.seed + step,
-                             vocab_size=run.tokenizer.vocab_size, stop_tokens=run.stop_tokens)
+                             vocab_size=run.tokenizer.vocab_size, stop_tokens=run.tokenizer.stop_tokens)
     return run.tokenizer.decode(ids)
 
 
@@ -159,7 +159,7 @@ class Run:
     """A plan under way: what a loop needs for a step, and what is kept of it. A context that ends with the run.
 
     batches: the mini-batches of every step; validation(): those that are held out. prompt: ids of the text that samples
-    continue; stop_tokens: those that end one. state: where the run stands.
+    continue. state: where the run stands.
     """
 
     def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> None:
@@ -168,7 +168,6 @@ class Run:
         self.batches = the_plan.data.batches(self.config)
         self.tokens_per_step = the_plan.data.tokens_per_step(self.config)
         self.validation = partial(the_plan.data.validation, self.config)
-        self.stop_tokens = () if self.tokenizer.end_of_text is None else (self.tokenizer.end_of_text,)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
         self.stop, self.ending = _StopSignals(), "finished"
         self._elapsed_before, self._started = self.state.elapsed_seconds, time.perf_counter()

@@ -133,7 +133,7 @@ class Answer:
     def __iter__(self) -> Iterator[list[str]]:
         tokenizer, ended = self.loaded.tokenizer, [False] * len(self.texts)
         decoders = [tokenizer.stream_decoder() for _ in self.texts]
-        stop_tokens = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+        stop_tokens = tokenizer.stop_tokens
         begun = time.perf_counter()
         # A model may have room for more tokens than its tokenizer knows.
         sampler = self.settings.sampler(self.seed, tokenizer.vocab_size)
