@@ -75,6 +75,12 @@ cdef inline float* output(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize
     return <float*>array(args, x, cnp.NPY_FLOAT32, rows, cols, name, True)
 
 
+cdef inline float* optional_output(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols,
+                                   const char* name) except? NULL:
+    """A float32 array (rows, cols) that is written, or NULL for None."""
+    return NULL if x is None else <float*>array(args, x, cnp.NPY_FLOAT32, rows, cols, name, True)
+
+
 cdef int32_t* indices(Arrays* args, cnp.ndarray x, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t bound,
                     const char* name) except NULL:
     """An int32 array (rows, cols) of indices, each checked to lie in 0 .. bound - 1: any other would reach anywhere."""

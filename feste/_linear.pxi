@@ -47,14 +47,14 @@ cdef void row_product_by_rows(const void* call, const Member* me) noexcept nogil
 
 def linear_forward(cnp.ndarray out, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, cnp.ndarray residual,
                    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
-    """out (rows, N) = residual (rows, N) + (x (rows, K) @ weight (K, N) + bias (N)); residual may be None."""
+    """out (rows, N) = residual (rows, N) + (x (rows, K) @ weight (K, N) + bias (N)); bias and residual may be None."""
     cdef Arrays args
     cdef Gemm g
     args.n = 0
     g.out.c, g.out.ld = output(&args, out, rows, N, "out"), N
     g.a = rows_of_length(input(&args, x, rows, K, "x"), K)
     g.b = rows_of_length(input(&args, weight, K, N, "weight"), N)
-    g.out.bias = input(&args, bias, 1, N, "bias")
+    g.out.bias = optional(&args, bias, 1, N, "bias")
     g.out.start = optional(&args, residual, rows, N, "residual")
     check_overlap(&args)
     g.column_sums, g.M, g.N, g.K, g.bf16 = NULL, rows, N, K, bf16
@@ -78,14 +78,14 @@ def linear_backward_input(cnp.ndarray dx, cnp.ndarray dout, cnp.ndarray weight, 
 
 def linear_backward_weight(cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray dout, cnp.ndarray x,
                            Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, bint bf16=False):
-    """dweight (K, N) += x (rows, K)^T @ dout (rows, N);  dbias (N) += the column sums of dout."""
+    """dweight (K, N) += x (rows, K)^T @ dout (rows, N);  dbias (N), which may be None, += the column sums of dout."""
     # out = x @ weight + bias   ->   dweight = x^T @ dout, dbias = the sum of dout over the rows
     cdef Arrays args
     cdef Gemm g
     args.n = 0
     g.out.c, g.out.ld, g.out.bias = output(&args, dweight, K, N, "dweight"), N, NULL
     g.out.start = g.out.c
-    g.column_sums = output(&args, dbias, 1, N, "dbias")
+    g.column_sums = optional_output(&args, dbias, 1, N, "dbias")
     g.b = rows_of_length(input(&args, dout, rows, N, "dout"), N)
     g.a = transpose(rows_of_length(input(&args, x, rows, K, "x"), K))
     check_overlap(&args)

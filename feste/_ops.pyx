@@ -118,8 +118,11 @@ include "_quantized.pxi"      # weights of 8 bits
 # The other kernels, in the order of reference.py
 include "_embedding.pxi"
 include "_layernorm.pxi"
+include "_rmsnorm.pxi"
 include "_gelu.pxi"
+include "_relu2.pxi"
 include "_dropout.pxi"
+include "_rope.pxi"
 include "_attention.pxi"
 include "_rows.pxi"
 include "_cross_entropy.pxi"

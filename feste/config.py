@@ -23,6 +23,26 @@ def _dial(default, help: str):
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """What the layers of a family of transformers are made of: kernels, by the beginning of their names in `ops`."""
+
+    norm: str                   # {norm}_forward and {norm}_backward
+    statistics: int             # numbers that the norm keeps of each row for its way back
+    activation: str             # of the feed-forward layer
+    rotary: bool                # queries and keys are rotated by their positions, instead of learned embeddings of these
+    biases: bool                # of linear layers and norms
+    zero_projections: bool      # the projections back to the residual stream begin as zero, not as small numbers
+
+
+ARCHITECTURES = {
+    # Radford et al. 2019
+    "gpt2": Architecture("layernorm", 2, "gelu", rotary=False, biases=True, zero_projections=False),
+    # RoPE, RMSNorm, ReLU squared, no biases: transformers' ArceeForCausalLM, llama.cpp's arcee
+    "modern": Architecture("rmsnorm", 1, "relu2", rotary=True, biases=False, zero_projections=True),
+}
+
+
+@dataclass(frozen=True)
 class Config:
     """The shape of a GPT-2 style transformer. Every value is checked; a bad one raises ValueError."""
 
@@ -33,8 +53,10 @@ class Config:
     block_size: int = 64
     dropout: float = 0.0
     tie_weights: bool = False
+    arch: str = "gpt2"
 
     def __post_init__(self) -> None:
+        _require(self.arch in ARCHITECTURES, f"arch must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}", "arch")
         for name in ("vocab_size", "n_embd", "n_layers", "n_heads", "block_size"):
             value = getattr(self, name)
             _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1,
@@ -42,10 +64,17 @@ class Config:
         _require(self.n_embd % self.n_heads == 0,
                  f"n_embd must be divisible by n_heads, got n_embd={self.n_embd} and n_heads={self.n_heads}; "
                  f"choose n_heads among the divisors of n_embd", "n_heads", "n_embd")
+        _require(not self.architecture.rotary or self.head_size % 2 == 0,
+                 f"arch={self.arch!r} rotates pairs of channels, so n_embd / n_heads must be even, got "
+                 f"{self.n_embd} / {self.n_heads}", "n_heads", "n_embd")
         _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout!r}",
                  "dropout")
         _require(isinstance(self.tie_weights, bool), f"tie_weights must be a bool, got {self.tie_weights!r}",
                  "tie_weights")
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.arch]
 
     @property
     def head_size(self) -> int:

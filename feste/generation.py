@@ -126,10 +126,14 @@ class _Appending(Pass):
         if packing is not None:
             self.linear = packing.linear
 
+    @property
+    def position(self) -> int:
+        return self.cache.length
+
     def attend(self, a: SimpleNamespace, layer: int) -> None:
         cache = self.cache
         ops.attention_decode(a.att, cache.k[layer], cache.v[layer], a.qkv, self.act.shape[0], self.heads,
-                             self.head_size, cache.length, cache.block_size)
+                             self.head_size, self.position, cache.block_size)
 
     def project(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray, layer: int,
                 site: int) -> None:
@@ -200,7 +204,7 @@ class Decoder:
         run, w, logits = self._appending, self._decoding, self._logits
         (B, V), C = logits.shape, self.config.n_embd
         with ops.Recording() as token:
-            transformer.forward(run, w, ids, self.cache.length)
+            transformer.forward(run, w, ids)
             if self.packing is not None:
                 self.packing.forward(logits, run.act.ln_f, w.head, None, None, B, C, V)
             else:

@@ -89,7 +89,7 @@ class GPT2:
         c = self.config
         return (f"GPT2({self.num_parameters():,} parameters: vocab_size={c.vocab_size}, n_embd={c.n_embd}, "
                 f"n_layers={c.n_layers}, n_heads={c.n_heads}, block_size={c.block_size}, dropout={c.dropout}, "
-                f"tie_weights={c.tie_weights}; {self.precision})")
+                f"tie_weights={c.tie_weights}, arch={c.arch}; {self.precision})")
 
     @property
     def flat_params(self) -> np.ndarray:
@@ -201,7 +201,7 @@ class GPT2:
         n, (rows, C) = act.n_counted, act.ln_f.shape
         if n == rows:
             return act.ln_f
-        counted = act.gelu.reshape(-1)[:n * C].reshape(n, C)  # free between the blocks' two passes
+        counted = act.activated.reshape(-1)[:n * C].reshape(n, C)  # free between the blocks' two passes
         ops.gather_rows(counted, act.ln_f, act.counted[:n], n, rows, C)
         return counted
 
@@ -217,7 +217,7 @@ class GPT2:
         """Losses of every counted row, the head's gradient, and act.dln (rows, C), that of ln_f."""
         V, C, bf16, n_counted = self.config.vocab_size, self.config.n_embd, self._bf16, act.n_counted
         x = self._counted_rows(act)
-        dx = act.dln if x is act.ln_f else act.gelu.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
+        dx = act.dln if x is act.ln_f else act.activated.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
         for rows in _head_chunks(n_counted):
             n, targets = rows.stop - rows.start, act.targets
             dlogits = logits = self._head_loss(act, x, rows)

@@ -23,8 +23,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     init: float        # standard deviation of the normal initialisation, 0 for a constant
-    fill: float        # the constant: 0 for a bias, 1 for the weight of a layernorm
-    decays: bool       # matrices and embeddings decay, biases and layernorms do not
+    fill: float        # the constant: 0 for a bias, 1 for the weight of a norm
+    decays: bool       # matrices and embeddings decay, biases and norms do not
     offset: int = 0    # first element in a flat buffer
 
     @property
@@ -41,27 +41,33 @@ def _vector(name: str, size: int, fill: float = 0.0) -> Parameter:
 
 
 def _parameters(config: Config) -> Iterator[Parameter]:
-    """Hugging Face's names and shapes of GPT-2, in the order of the forward pass."""
-    V, T, C = config.vocab_size, config.block_size, config.n_embd
-    residual_std = INIT_STD / math.sqrt(2 * config.n_layers)  # keeps the residual stream's variance at depth
+    """Hugging Face's names and shapes of GPT-2, in the order of the forward pass; other families lack some of them."""
+    V, T, C, of = config.vocab_size, config.block_size, config.n_embd, config.architecture
+
+    def norm(name: str) -> Iterator[Parameter]:
+        yield _vector(f"{name}.weight", C, fill=1.0)
+        if of.biases:
+            yield _vector(f"{name}.bias", C)
+
+    def linear(name: str, K: int, N: int, std: float = INIT_STD) -> Iterator[Parameter]:
+        yield _matrix(f"{name}.weight", K, N, std=std)
+        if of.biases:
+            yield _vector(f"{name}.bias", N)
+
+    # Small numbers keep the residual stream's variance at depth; with zeros, every block begins as the identity.
+    residual_std = 0.0 if of.zero_projections else INIT_STD / math.sqrt(2 * config.n_layers)
     yield _matrix("transformer.wte.weight", V, C)
-    yield _matrix("transformer.wpe.weight", T, C)
+    if not of.rotary:
+        yield _matrix("transformer.wpe.weight", T, C)
     for i in range(config.n_layers):
         layer = f"transformer.h.{i}"
-        yield _vector(f"{layer}.ln_1.weight", C, fill=1.0)
-        yield _vector(f"{layer}.ln_1.bias", C)
-        yield _matrix(f"{layer}.attn.c_attn.weight", C, 3 * C)
-        yield _vector(f"{layer}.attn.c_attn.bias", 3 * C)
-        yield _matrix(f"{layer}.attn.c_proj.weight", C, C, std=residual_std)
-        yield _vector(f"{layer}.attn.c_proj.bias", C)
-        yield _vector(f"{layer}.ln_2.weight", C, fill=1.0)
-        yield _vector(f"{layer}.ln_2.bias", C)
-        yield _matrix(f"{layer}.mlp.c_fc.weight", C, 4 * C)
-        yield _vector(f"{layer}.mlp.c_fc.bias", 4 * C)
-        yield _matrix(f"{layer}.mlp.c_proj.weight", 4 * C, C, std=residual_std)
-        yield _vector(f"{layer}.mlp.c_proj.bias", C)
-    yield _vector("transformer.ln_f.weight", C, fill=1.0)
-    yield _vector("transformer.ln_f.bias", C)
+        yield from norm(f"{layer}.ln_1")
+        yield from linear(f"{layer}.attn.c_attn", C, 3 * C)
+        yield from linear(f"{layer}.attn.c_proj", C, C, residual_std)
+        yield from norm(f"{layer}.ln_2")
+        yield from linear(f"{layer}.mlp.c_fc", C, 4 * C)
+        yield from linear(f"{layer}.mlp.c_proj", 4 * C, C, residual_std)
+    yield from norm("transformer.ln_f")
     if not config.tie_weights:
         yield _matrix("lm_head.weight", V, C)
 

@@ -27,6 +27,7 @@ import numpy as np
 GELU_SCALE = np.sqrt(2.0 / np.pi)  # the tanh form of GELU: Hendrycks and Gimpel 2016, arXiv:1606.08415
 GELU_CUBIC = 0.044715
 LAYERNORM_EPS = 1e-5
+RMSNORM_EPS = 1e-5
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------
@@ -65,9 +66,10 @@ def gemm(c, a, b, M, N, K, trans_a=False, trans_b=False, accumulate=False, bf16=
 
 
 def linear_forward(out, x, weight, bias, residual, rows, K, N, bf16=False):
-    """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N); residual may be None."""
+    """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N); bias and residual may be None."""
     gemm(out, x, weight, rows, N, K, bf16=bf16)
-    out.reshape(rows, N)[:] += bias
+    if bias is not None:
+        out.reshape(rows, N)[:] += bias
     if residual is not None:
         out.reshape(rows, N)[:] += residual.reshape(rows, N)
 
@@ -78,9 +80,10 @@ def linear_backward_input(dx, dout, weight, rows, K, N, bf16=False):
 
 
 def linear_backward_weight(dweight, dbias, dout, x, rows, K, N, bf16=False):
-    """dweight (K, N) += x (rows, K)^T @ dout (rows, N);  dbias (N) += the column sums of dout."""
+    """dweight (K, N) += x (rows, K)^T @ dout (rows, N);  dbias (N), which may be None, += the column sums of dout."""
     gemm(dweight, x, dout, K, N, rows, trans_a=True, accumulate=True, bf16=bf16)
-    dbias += dout.reshape(rows, N).sum(axis=0)
+    if dbias is not None:
+        dbias += dout.reshape(rows, N).sum(axis=0)
 
 
 # ---- packed weights ----------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def pack_weight(packed, weight, K, N, transposed=False):
 
 def packed_forward(out, x, packed, bias, residual, rows, K, N):
     """linear_forward in bf16 with a packed weight; bias and residual may be None."""
-    linear_forward(out, x, packed.view(np.float32), 0.0 if bias is None else bias, residual, rows, K, N, bf16=True)
+    linear_forward(out, x, packed.view(np.float32), bias, residual, rows, K, N, bf16=True)
 
 
 # ---- weights of 8 bits -------------------------------------------------------------------------------------
@@ -134,22 +137,26 @@ def quantized_forward(out, x, quantized, bias, residual, rows, K, N):
     blocks = quantized.reshape(-1, 2 + Q8_BLOCK)
     scale, q = blocks[:, :2].copy().view(np.float16), blocks[:, 2:].copy().view(np.int8)
     weight = (scale.astype(np.float64) * q).reshape(N, -1)[:, :K].T
-    linear_forward(out, x, weight, 0.0 if bias is None else bias, residual, rows, K, N)
+    linear_forward(out, x, weight, bias, residual, rows, K, N)
 
 
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 
 def embedding_forward(out, ids, wte, wpe, B, T, C, position=0):
-    """out (B, T, C) = wte[ids] (V, C) + wpe[position + t] (block_size, C); ids (B, T)."""
-    out.reshape(B, T, C)[:] = wte[ids.reshape(B, T)] + wpe[position:position + T]
+    """out (B, T, C) = wte[ids] (V, C) + wpe[position + t] (block_size, C); ids (B, T). wpe may be None."""
+    out.reshape(B, T, C)[:] = wte[ids.reshape(B, T)] + (0 if wpe is None else wpe[position:position + T])
 
 
 def embedding_backward(dwte, dwpe, dout, ids, B, T, C):
-    """dwte[ids] += dout (B, T, C), one addition per occurrence of a token;  dwpe[t] += dout summed over B."""
+    """dwte[ids] += dout (B, T, C), one addition per occurrence of a token;  dwpe[t] += dout summed over B.
+
+    dwpe may be None.
+    """
     dout = dout.reshape(B, T, C)
     np.add.at(dwte, ids.reshape(B, T), dout)
-    dwpe[:T] += dout.sum(axis=0)
+    if dwpe is not None:
+        dwpe[:T] += dout.sum(axis=0)
 
 
 # ---- layer normalisation -----------------------------------------------------------------------------------
@@ -181,6 +188,28 @@ def layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd, dresidua
     dx.reshape(rows, C)[:] = result
 
 
+def rmsnorm_forward(out, rstd, x, weight, rows, C):
+    """out = x * rstd * weight, each row on its own. Zhang and Sennrich 2019, arXiv:1910.07467."""
+    x = x.reshape(rows, C)
+    rstd[:] = 1.0 / np.sqrt(np.square(x).mean(axis=1) + RMSNORM_EPS)
+    out.reshape(rows, C)[:] = x * rstd[:, None] * weight
+
+
+def rmsnorm_backward(dx, dweight, dout, x, weight, rstd, dresidual, rows, C):
+    """Backward of rmsnorm_forward; dresidual (rows, C), if not None, is added to dx (and may be dx itself).
+
+    With xhat = x * rstd and dxhat = dout * weight: dx = rstd * (dxhat - xhat * mean(dxhat * xhat)).
+    """
+    x, dout = x.reshape(rows, C), dout.reshape(rows, C)
+    xhat = x * rstd[:, None]
+    dxhat = dout * weight
+    dweight += (dout * xhat).sum(axis=0)
+    result = rstd[:, None] * (dxhat - xhat * (dxhat * xhat).mean(axis=1, keepdims=True))
+    if dresidual is not None:
+        result = dresidual.reshape(rows, C) + result
+    dx.reshape(rows, C)[:] = result
+
+
 # ---- GELU --------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +228,18 @@ def gelu_backward(dx, out, dout, x, n):
     tanh = np.tanh(u)
     out[:] = 0.5 * x * (1.0 + tanh)
     dx[:] = dout * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * du)
+
+
+def relu2_forward(out, x, n):
+    """out (n) = max(x, 0)^2. So et al. 2021, arXiv:2109.08668."""
+    out[:] = np.square(np.maximum(x, 0.0))
+
+
+def relu2_backward(dx, out, dout, x, n):
+    """dx (n) = dout * 2 max(x, 0), and out = max(x, 0)^2 once more. dx may be dout itself."""
+    positive = np.maximum(x, 0.0)
+    out[:] = np.square(positive)
+    dx[:] = dout * 2.0 * positive
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------
@@ -229,6 +270,26 @@ def dropout_forward(out, x, residual, p, key, n):
 def dropout_backward(dx, dout, p, key, n):
     """dx (n) = dout (n) * mask; dx may be dout itself."""
     dropout_forward(dx, dout, None, p, key, n)
+
+
+# ---- rotary positions --------------------------------------------------------------------------------------
+
+
+def rope_forward(qkv, cosine, sine, B, T, H, D, position=0):
+    """Rotate the queries and keys in qkv (B, T, 3C), in place. Su et al. 2021, arXiv:2104.09864.
+
+    Channels j and j + D / 2 of a head are a point that is turned by the angle of position p and channel j, whose cosine
+    and sine stand in row p of the tables (block_size, D / 2).
+    """
+    halves = qkv.reshape(B, T, 3, H, 2, D // 2)[:, :, :2]
+    c, s = (table[position:position + T, None, None] for table in (cosine, sine))
+    first, second = halves[..., 0, :].copy(), halves[..., 1, :].copy()
+    halves[..., 0, :], halves[..., 1, :] = first * c - second * s, second * c + first * s
+
+
+def rope_backward(dqkv, cosine, sine, B, T, H, D):
+    """The gradient of rope_forward, in place: the rotation back."""
+    rope_forward(dqkv, cosine, -sine, B, T, H, D)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------

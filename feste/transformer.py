@@ -1,16 +1,18 @@
-"""The transformer between token ids and its last layer norm, forward and backward: the order in which the kernels run.
+"""The transformer between token ids and its last norm, forward and backward: the order in which the kernels run.
 
 One block, with the names of Hugging Face's GPT-2 (Radford et al. 2019), forward:
 
-    ln_1 = layernorm(x)                 qkv = ln_1 @ c_attn          att = attention(qkv)
-    mid = x + att @ attn.c_proj         ln_2 = layernorm(mid)        fc = ln_2 @ c_fc
-    x' = mid + gelu(fc) @ mlp.c_proj
+    ln_1 = norm(x)                      qkv = rotated(ln_1 @ c_attn)          att = attention(qkv)
+    mid = x + att @ attn.c_proj         ln_2 = norm(mid)                      fc = ln_2 @ c_fc
+    x' = mid + activation(fc) @ mlp.c_proj
 
-and backward the same lines from the last to the first. Training, evaluation and decoding run the one description of it,
+and backward the same lines from the last to the first. What norm and activation are, and whether there are biases and
+rotations, is the family's: config.ARCHITECTURES. Training, evaluation and decoding run the one description of it,
 `forward`; how they differ (dropout, a cache, packed weights) is in the `Pass` they hand to it.
 
-A training pass keeps per token and block: x', ln_1, qkv (3C), att, mid, ln_2 and fc (4C), 12 C floats; gelu(fc) is made
-again. Shapes: B sequences, T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary.
+A training pass keeps per token and block: x', ln_1, qkv (3C), att, mid, ln_2 and fc (4C), 12 C floats; activation(fc)
+is made again on the way back. Shapes: B sequences of T tokens, rows = B T, C channels, H heads, V tokens in the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from feste import ops
 from feste.config import IGNORED, Config
 
 HEAD_ROWS = 512  # rows whose logits are in memory at once: V = 50,257 makes 100 MB of them, and 8,192 rows 1.6 GB
+ROPE_BASE = 10_000.0  # Su et al. 2021: the slowest rotation takes 2 pi times so many tokens
 EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block that have dropout
 
 
@@ -34,7 +38,7 @@ EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block th
 
 @dataclass(frozen=True)
 class Block:
-    """The parameters of one block, or their gradients: (weight, bias) each."""
+    """The parameters of one block, or their gradients: (weight, bias) each, or (weight, None) and, of a norm, (weight,)."""
 
     ln_1: tuple      # (C), (C)
     c_attn: tuple    # (C, 3C), (3C)
@@ -47,19 +51,33 @@ class Block:
 class Weights:
     """The parameters of a model, or their gradients, without the long names.
 
-    wte (V, C) and head (V, C), which are one array if the weights are tied; wpe (block_size, C); blocks; ln_f.
+    wte (V, C) and head (V, C), which are one array if the weights are tied; wpe (block_size, C) or None; blocks; ln_f.
     """
 
     def __init__(self, views: Mapping[str, np.ndarray], config: Config) -> None:
-        def pair(name: str) -> tuple:
-            return views[f"transformer.{name}.weight"], views[f"transformer.{name}.bias"]
+        def norm(name: str) -> tuple:
+            weight, bias = linear(name)
+            return (weight,) if bias is None else (weight, bias)
 
-        self.wte, self.wpe = views["transformer.wte.weight"], views["transformer.wpe.weight"]
+        def linear(name: str) -> tuple:
+            return views[f"transformer.{name}.weight"], views.get(f"transformer.{name}.bias")
+
+        self.wte, self.wpe = views["transformer.wte.weight"], views.get("transformer.wpe.weight")
         self.head = self.wte if config.tie_weights else views["lm_head.weight"]
-        self.ln_f = pair("ln_f")
-        self.blocks = [Block(*(pair(f"h.{i}.{name}") for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2",
-                                                                  "mlp.c_fc", "mlp.c_proj")))
+        self.ln_f = norm("ln_f")
+        self.blocks = [Block(norm(f"h.{i}.ln_1"), linear(f"h.{i}.attn.c_attn"), linear(f"h.{i}.attn.c_proj"),
+                             norm(f"h.{i}.ln_2"), linear(f"h.{i}.mlp.c_fc"), linear(f"h.{i}.mlp.c_proj"))
                        for i in range(config.n_layers)]
+
+
+@cache
+def rotations(block_size: int, head_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines (block_size, head_size / 2) of the angles position * ROPE_BASE^(-2 j / head_size)."""
+    frequencies = ROPE_BASE ** (-np.arange(0, head_size, 2) / head_size)
+    angles = np.arange(block_size)[:, None] * frequencies
+    tables = ops.zeros(*angles.shape), ops.zeros(*angles.shape)
+    tables[0][...], tables[1][...] = np.cos(angles), np.sin(angles)
+    return tables
 
 
 # ---- buffers -----------------------------------------------------------------------------------------------
@@ -100,18 +118,18 @@ class Activations:
         """Buffers that a pass has once. The last three are the head's; logits hold HEAD_ROWS rows at a time."""
         rows, C = B * T, config.n_embd
         return {"x": (rows, C),  # the embedding's output, the first block's input
-                "gelu": (rows, 4 * C), "ln_f": (rows, C), "mean": (rows,), "rstd": (rows,),
+                "activated": (rows, 4 * C), "ln_f": (rows, C), "statistics": (config.architecture.statistics, rows),
                 # a projection, or its gradient, on its way through dropout
                 **({"dropped": (rows, C)} if config.dropout > 0.0 else {}),
                 "losses": (rows,), "lse": (rows,), "logits": (min(rows, HEAD_ROWS), config.vocab_size)}
 
     @staticmethod
     def block_shapes(config: Config, B: int, T: int) -> dict[str, tuple[int, ...]]:
-        """Buffers of a block. mean, rstd and lse (log of the sum of exponentials) are statistics for the way back."""
-        rows, C = B * T, config.n_embd
-        return {"ln_1": (rows, C), "mean_1": (rows,), "rstd_1": (rows,), "qkv": (rows, 3 * C), "att": (rows, C),
-                "lse": (B, config.n_heads, T), "mid": (rows, C), "ln_2": (rows, C), "mean_2": (rows,),
-                "rstd_2": (rows,), "fc": (rows, 4 * C), "x": (rows, C)}
+        """Buffers of a block. statistics of the norms and lse (log of the sum of exponentials) are for the way back."""
+        rows, C, statistics = B * T, config.n_embd, config.architecture.statistics
+        return {"ln_1": (rows, C), "statistics_1": (statistics, rows), "qkv": (rows, 3 * C), "att": (rows, C),
+                "lse": (B, config.n_heads, T), "mid": (rows, C), "ln_2": (rows, C), "statistics_2": (statistics, rows),
+                "fc": (rows, 4 * C), "x": (rows, C)}
 
     @staticmethod
     def gradient_shapes(config: Config, B: int, T: int) -> dict[str, tuple[int, ...]]:
@@ -196,16 +214,39 @@ class Dropout:
 
 
 class Pass:
-    """A pass over whole sequences: every token attends to itself and those before it in its sequence."""
+    """A pass over whole sequences: every token attends to itself and those before it in its sequence.
+
+    position: where in its sequence the first token stands.
+    """
+
+    position = 0
 
     def __init__(self, config: Config, act: Activations, bf16: bool, dropout: Dropout) -> None:
         self.act, self.bf16, self.dropout = act, bf16, dropout
-        self.heads, self.head_size = config.n_heads, config.head_size
+        self.heads, self.head_size, self.of = config.n_heads, config.head_size, config.architecture
+        self.rotations = rotations(config.block_size, config.head_size) if self.of.rotary else None
+
+    def norm(self, out: np.ndarray, statistics: np.ndarray, x: np.ndarray, parameters: tuple) -> None:
+        """out (rows, C) = norm(x (rows, C)), and its statistics for the way back."""
+        kernel(self.of.norm, "forward")(out, *statistics, x, *parameters, *x.shape)
+
+    def norm_backward(self, dparameters: tuple, x: np.ndarray, parameters: tuple, statistics: np.ndarray,
+                      dresidual: np.ndarray | None) -> None:
+        """act.dx (rows, C) = the gradient of a norm's x, from act.dln, that of its output, + dresidual (rows, C)."""
+        kernel(self.of.norm, "backward")(self.act.dx, *dparameters, self.act.dln, x, parameters[0], *statistics, dresidual,
+                                         *x.shape)
 
     def linear(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
         """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N)."""
         rows, K = x.shape
         ops.linear_forward(out, x, *parameters, residual, rows, K, out.shape[1], self.bf16)
+
+    def linear_backward(self, dx: np.ndarray, dparameters: tuple, dout: np.ndarray, x: np.ndarray,
+                        parameters: tuple) -> None:
+        """dx (rows, K), and what is added to the gradients of the parameters, from dout (rows, N) and x (rows, K)."""
+        (rows, K), N = x.shape, dout.shape[1]
+        ops.linear_backward_input(dx, dout, parameters[0], rows, K, N, self.bf16)
+        ops.linear_backward_weight(*dparameters, dout, x, rows, K, N, self.bf16)
 
     def project(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray, layer: int,
                 site: int) -> None:
@@ -216,6 +257,16 @@ class Pass:
             self.linear(self.act.dropped, x, parameters)
             self.dropout.forward(out, self.act.dropped, residual, layer, site)
 
+    def rotate(self, qkv: np.ndarray) -> None:
+        """Turn queries and keys in qkv (rows, 3C) by their positions, if the family does."""
+        if self.of.rotary:
+            ops.rope_forward(qkv, *self.rotations, *self.act.shape, self.heads, self.head_size, self.position)
+
+    def rotate_backward(self, dqkv: np.ndarray) -> None:
+        """The gradient dqkv (rows, 3C) of what was rotated, turned back."""
+        if self.of.rotary:
+            ops.rope_backward(dqkv, *self.rotations, *self.act.shape, self.heads, self.head_size)
+
     def attend(self, a: SimpleNamespace, layer: int) -> None:
         """a.att (rows, C) = attention(a.qkv (rows, 3C)), and a.lse for the way back."""
         B, T = self.act.shape
@@ -223,35 +274,39 @@ class Pass:
                               self.dropout.key(layer, ATTENTION))
 
 
+def kernel(name: str, direction: str) -> Callable[..., None]:
+    """A kernel that a family names."""
+    return getattr(ops, f"{name}_{direction}")
+
+
 # ---- forward -----------------------------------------------------------------------------------------------
 
 
-def forward(run: Pass, w: Weights, ids: np.ndarray, position: int = 0) -> None:
-    """Fill run.act up to ln_f (rows, C) for ids (B, T), of which the first stands at `position` of its sequence."""
+def forward(run: Pass, w: Weights, ids: np.ndarray) -> None:
+    """Fill run.act up to ln_f (rows, C) for ids (B, T)."""
     act = run.act
-    B, T = ids.shape
-    C = act.x.shape[1]
-    ops.embedding_forward(act.x, ids, w.wte, w.wpe, B, T, C, position)  # x = dropout(wte[ids] + wpe)
+    ops.embedding_forward(act.x, ids, w.wte, w.wpe, *ids.shape, act.x.shape[1], run.position)  # x = dropout(wte[ids] + wpe)
     if run.dropout.p > 0.0:
         run.dropout.forward(act.x, act.x, None, 0, EMBEDDING)
     x = act.x
     for layer, (a, block) in enumerate(zip(act.blocks, w.blocks, strict=True)):
         _forward_block(run, block, a, x, layer)
         x = a.x
-    ops.layernorm_forward(act.ln_f, act.mean, act.rstd, x, *w.ln_f, B * T, C)
+    run.norm(act.ln_f, act.statistics, x, w.ln_f)
 
 
 def _forward_block(run: Pass, w: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:
     """a.x (rows, C) = block(x (rows, C)); a holds what is made on the way."""
-    rows, C = x.shape
-    ops.layernorm_forward(a.ln_1, a.mean_1, a.rstd_1, x, *w.ln_1, rows, C)
+    activated = run.act.activated
+    run.norm(a.ln_1, a.statistics_1, x, w.ln_1)
     run.linear(a.qkv, a.ln_1, w.c_attn)
+    run.rotate(a.qkv)
     run.attend(a, layer)
     run.project(a.mid, a.att, w.attn_proj, x, layer, ATTN_PROJ)
-    ops.layernorm_forward(a.ln_2, a.mean_2, a.rstd_2, a.mid, *w.ln_2, rows, C)
+    run.norm(a.ln_2, a.statistics_2, a.mid, w.ln_2)
     run.linear(a.fc, a.ln_2, w.c_fc)
-    ops.gelu_forward(run.act.gelu, a.fc, rows * 4 * C)
-    run.project(a.x, run.act.gelu, w.mlp_proj, a.mid, layer, MLP_PROJ)
+    kernel(run.of.activation, "forward")(activated, a.fc, a.fc.size)
+    run.project(a.x, activated, w.mlp_proj, a.mid, layer, MLP_PROJ)
 
 
 # ---- backward ----------------------------------------------------------------------------------------------
@@ -260,42 +315,37 @@ def _forward_block(run: Pass, w: Block, a: SimpleNamespace, x: np.ndarray, layer
 def backward(run: Pass, w: Weights, d: Weights, ids: np.ndarray) -> None:
     """Add to d the gradients of all parameters but the head's; act.dln holds that of ln_f (rows, C)."""
     act = run.act
-    B, T = ids.shape
-    C = act.x.shape[1]
-    # ln_f = layernorm(x of the last block)
-    ops.layernorm_backward(act.dx, *d.ln_f, act.dln, act.blocks[-1].x, w.ln_f[0], act.mean, act.rstd, None, B * T, C)
+    # ln_f = norm(x of the last block)
+    run.norm_backward(d.ln_f, act.blocks[-1].x, w.ln_f, act.statistics, None)
     for layer in reversed(range(len(w.blocks))):
         x = act.blocks[layer - 1].x if layer else act.x
         _backward_block(run, w.blocks[layer], d.blocks[layer], act.blocks[layer], x, layer)
     # x = dropout(wte[ids] + wpe)
     if run.dropout.p > 0.0:
         run.dropout.backward(act.dx, act.dx, 0, EMBEDDING)
-    ops.embedding_backward(d.wte, d.wpe, act.dx, ids, B, T, C)
+    ops.embedding_backward(d.wte, d.wpe, act.dx, ids, *ids.shape, act.x.shape[1])
 
 
 def _backward_block(run: Pass, w: Block, d: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:
     """Turn act.dx (rows, C) from the gradient of a block's output into that of its input x (rows, C)."""
     act, bf16 = run.act, run.bf16
-    (B, T), (rows, C) = act.shape, x.shape
-    # x' = mid + dropout(gelu(fc) @ mlp.c_proj)
+    rows, C = x.shape
+    # x' = mid + dropout(activation(fc) @ mlp.c_proj)
     dprojected = _through_dropout(run, layer, MLP_PROJ)
     ops.linear_backward_input(act.dfc, dprojected, w.mlp_proj[0], rows, 4 * C, C, bf16)
-    ops.gelu_backward(act.dfc, act.gelu, act.dfc, a.fc, rows * 4 * C)  # and gelu(fc) once more
-    ops.linear_backward_weight(*d.mlp_proj, dprojected, act.gelu, rows, 4 * C, C, bf16)
-    # fc = layernorm(mid) @ c_fc
-    ops.linear_backward_input(act.dln, act.dfc, w.c_fc[0], rows, C, 4 * C, bf16)
-    ops.linear_backward_weight(*d.c_fc, act.dfc, a.ln_2, rows, C, 4 * C, bf16)
-    ops.layernorm_backward(act.dx, *d.ln_2, act.dln, a.mid, w.ln_2[0], a.mean_2, a.rstd_2, act.dx, rows, C)
+    kernel(run.of.activation, "backward")(act.dfc, act.activated, act.dfc, a.fc, a.fc.size)  # and activation(fc) once more
+    ops.linear_backward_weight(*d.mlp_proj, dprojected, act.activated, rows, 4 * C, C, bf16)
+    # fc = norm(mid) @ c_fc
+    run.linear_backward(act.dln, d.c_fc, act.dfc, a.ln_2, w.c_fc)
+    run.norm_backward(d.ln_2, a.mid, w.ln_2, a.statistics_2, act.dx)
     # mid = x + dropout(attention(qkv) @ attn.c_proj)
-    dprojected = _through_dropout(run, layer, ATTN_PROJ)
-    ops.linear_backward_input(act.dln, dprojected, w.attn_proj[0], rows, C, C, bf16)
-    ops.linear_backward_weight(*d.attn_proj, dprojected, a.att, rows, C, C, bf16)
-    ops.attention_backward(act.dqkv, act.dln, a.qkv, a.att, a.lse, B, T, run.heads, run.head_size, run.dropout.p,
+    run.linear_backward(act.dln, d.attn_proj, _through_dropout(run, layer, ATTN_PROJ), a.att, w.attn_proj)
+    ops.attention_backward(act.dqkv, act.dln, a.qkv, a.att, a.lse, *act.shape, run.heads, run.head_size, run.dropout.p,
                            run.dropout.key(layer, ATTENTION))
-    # qkv = layernorm(x) @ c_attn
-    ops.linear_backward_input(act.dln, act.dqkv, w.c_attn[0], rows, C, 3 * C, bf16)
-    ops.linear_backward_weight(*d.c_attn, act.dqkv, a.ln_1, rows, C, 3 * C, bf16)
-    ops.layernorm_backward(act.dx, *d.ln_1, act.dln, x, w.ln_1[0], a.mean_1, a.rstd_1, act.dx, rows, C)
+    # qkv = rotated(norm(x) @ c_attn)
+    run.rotate_backward(act.dqkv)
+    run.linear_backward(act.dln, d.c_attn, act.dqkv, a.ln_1, w.c_attn)
+    run.norm_backward(d.ln_1, x, w.ln_1, a.statistics_1, act.dx)
 
 
 def _through_dropout(run: Pass, layer: int, site: int) -> np.ndarray:
