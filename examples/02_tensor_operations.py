@@ -94,4 +94,4 @@ show("Cross-entropy: how surprised the model is by the token that came, in nats.
 n = 1_000_000
 m, v = 0.01 * normal(n), np.abs(normal(n)) * 1e-4
 show("AdamW: a step along the mean gradient, divided by its typical size; clipping and decay in the same pass.",
-     "adamw_update", [normal(n), m, v, 0.01 * normal(n)], (1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 10, False, n))
+     "adamw_update", [normal(n), m, v, 0.01 * normal(n)], (1e-3, 0.9, 0.95, 1e-8, 0.1, False, 1.0, 10, False, n))

@@ -27,6 +27,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport parallel, threadid
+from libc.float cimport FLT_MIN
 from libc.math cimport INFINITY, logf, sqrt, sqrtf
 from libc.stdint cimport int32_t, uint64_t
 from libc.stdlib cimport free, realloc
@@ -53,6 +54,7 @@ cdef extern from "_simd.h" nogil:
     vf vfma(vf a, vf b, vf c)
     vf vcut(vf x, Py_ssize_t n, float fill)
     vf vmax(vf a, vf b)
+    vf vwhere_positive(vf test, vf x)
     float vsum(vf x)
     float vpeak(vf x)
     vf vsqrt(vf x)
@@ -127,3 +129,4 @@ include "_attention.pxi"
 include "_rows.pxi"
 include "_cross_entropy.pxi"
 include "_optimizer.pxi"
+include "_muon.pxi"

@@ -57,6 +57,8 @@ static inline void prefetch_write(const float *p, ptrdiff_t n) {
 }
 
 static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+/* The lanes of x where test is positive, and zero elsewhere. */
+static inline vf vwhere_positive(vf test, vf x) { return vselect(test > vset(0), x, vset(0)); }
 /* x with every lane from n on replaced by fill, whatever it held. */
 static inline vf vcut(vf x, ptrdiff_t n, float fill) {
     vi lane;

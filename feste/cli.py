@@ -28,7 +28,8 @@ except ImportError as error:  # the kernels are not compiled, or not for this CP
     sys.exit(2)
 from feste import plan
 from feste.arguments import Parser
-from feste.config import FINETUNE, IGNORED, PRECISIONS, PRESETS, Config, Preset, TrainConfig
+from feste.config import ARCHITECTURES, FINETUNE, IGNORED, PRESETS, Config, Preset, TrainConfig
+from feste.config import CHOICES as TRAIN_CHOICES
 from feste.corpus import Source
 from feste.errors import FesteError
 from feste.evaluation import mean_loss, perplexity
@@ -59,11 +60,12 @@ HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "contin
          "tokenizer_file": "name it with --tokenizer PATH (tokenizer.json, or a directory with vocab.json and "
                            "merges.txt), or begin with the model it was made for, --from MODEL",
          "prepare": "make a directory of tokens with `feste prepare FILE... -o DIR`, for --data DIR"}
-CHOICES = {"errors": ERRORS, "precision": PRECISIONS, "on_nan": ("stop", "skip")}
+CHOICES = {"errors": ERRORS, "arch": tuple(ARCHITECTURES), **TRAIN_CHOICES}
 MODEL_HELP = {
     "vocab_size": "tokens in the vocabulary", "n_embd": "channels of the residual stream",
     "n_layers": "transformer blocks", "n_heads": "attention heads", "block_size": "longest sequence in tokens",
     "dropout": "dropout probability", "tie_weights": "use the token embedding as output weight",
+    "arch": "gpt2, or modern: rotary positions, RMSNorm, ReLU squared, no biases",
 }
 
 

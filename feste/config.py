@@ -29,7 +29,7 @@ class Architecture:
     norm: str                   # {norm}_forward and {norm}_backward
     statistics: int             # numbers that the norm keeps of each row for its way back
     activation: str             # of the feed-forward layer
-    rotary: bool                # queries and keys are rotated by their positions, instead of learned embeddings of these
+    rotary: bool                # queries and keys are rotated by their positions, which have no learned embeddings
     biases: bool                # of linear layers and norms
     zero_projections: bool      # the projections back to the residual stream begin as zero, not as small numbers
 
@@ -56,7 +56,8 @@ class Config:
     arch: str = "gpt2"
 
     def __post_init__(self) -> None:
-        _require(self.arch in ARCHITECTURES, f"arch must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}", "arch")
+        _require(self.arch in ARCHITECTURES, f"arch must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}",
+                 "arch")
         for name in ("vocab_size", "n_embd", "n_layers", "n_heads", "block_size"):
             value = getattr(self, name)
             _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1,
@@ -91,6 +92,8 @@ class Config:
 IGNORED = -100                                    # a target that the loss does not count, as in PyTorch
 PRECISIONS = ("fp32", "bf16")                     # of training
 GENERATION_PRECISIONS = (*PRECISIONS, "int8")     # of a model that is only asked
+CHOICES = {"precision": PRECISIONS, "on_nan": ("stop", "skip"), "schedule": ("cosine", "linear", "wsd"),
+           "optimizer": ("adamw", "muon")}
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,19 @@ class TrainConfig:
     batch_size: int = _dial(8, "sequences per mini-batch")
     accumulation: int = _dial(1, "mini-batches whose gradients are added up for one optimizer step")
     warmup_fraction: float = _dial(0.1, "share of the steps in which the learning rate rises linearly")
-    min_lr_fraction: float = _dial(0.1, "share of the peak learning rate at which the cosine decay ends")
-    weight_decay: float = _dial(0.1, "AdamW decay of matrices and embeddings")
+    warmup_steps: int = _dial(0, "steps of the warm-up, instead of a share of all; 0 for warmup_fraction")
+    schedule: str = _dial("cosine", "how the learning rate falls after the warm-up: cosine, linear, or wsd, which "
+                                    "stays at the peak until the last steps, so that a run can be prolonged")
+    decay_fraction: float = _dial(0.2, "share of the steps in which the learning rate falls, with schedule wsd")
+    min_lr_fraction: float = _dial(0.1, "share of the peak learning rate at which the decay ends")
+    optimizer: str = _dial("adamw", "adamw, or muon for the matrices of the blocks and AdamW for the rest")
+    matrix_rate: float = _dial(3.0, "Muon: learning rate of the matrices, as a multiple of the learning rate")
+    momentum: float = _dial(0.95, "Muon: momentum, which rises to it from 0.85 in 300 steps")
+    weight_decay: float = _dial(0.1, "decay of matrices and embeddings")
+    cautious_decay: bool = _dial(False, "decay only what the update makes smaller, too")
     beta1: float = _dial(0.9, "AdamW decay rate of the first moment")
     beta2: float = _dial(0.95, "AdamW decay rate of the second moment")
+    beta2_half_life: int = _dial(0, "tokens after which the second moment has forgotten half; 0 for beta2 as it is")
     eps: float = _dial(1e-8, "AdamW epsilon")
     clip_norm: float = _dial(1.0, "global gradient norm above which gradients are scaled down")
     patience: int = _dial(5000, "steps without a better validation loss after which the run stops early")
@@ -134,19 +146,20 @@ class TrainConfig:
         for name in ("num_steps", "seq_len", "batch_size", "accumulation", "patience", "val_interval",
                      "val_windows", "sample_interval", "sample_tokens", "checkpoint_interval", "keep_last"):
             check(name, whole(1), "a positive integer")
-        for name in ("learning_rate", "clip_norm", "eps"):
+        for name in ("learning_rate", "clip_norm", "eps", "matrix_rate"):
             check(name, lambda value: 0.0 < value < float("inf"), "a positive number")
-        for name in ("warmup_fraction", "min_lr_fraction"):
+        for name in ("warmup_fraction", "min_lr_fraction", "decay_fraction"):
             check(name, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             check(name, lambda value: 0.0 <= value < 1.0, "in [0, 1)")
         check("weight_decay", lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
         check("val_fraction", lambda value: 0.0 < value < 1.0, "in (0, 1)")
-        for name in ("seed", "threads"):
+        for name in ("seed", "threads", "warmup_steps", "beta2_half_life"):
             check(name, whole(0), "a non-negative integer")
         check("threads", lambda value: value <= 1024, "at most 1024")
-        check("precision", lambda value: value in PRECISIONS, f"one of {PRECISIONS}")
-        check("on_nan", lambda value: value in ("stop", "skip"), "'stop' or 'skip'")
+        check("cautious_decay", lambda value: isinstance(value, bool), "a bool")
+        for name, choices in CHOICES.items():
+            check(name, lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
 
     @property
     def tokens_per_step(self) -> int:

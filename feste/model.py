@@ -217,7 +217,8 @@ class GPT2:
         """Losses of every counted row, the head's gradient, and act.dln (rows, C), that of ln_f."""
         V, C, bf16, n_counted = self.config.vocab_size, self.config.n_embd, self._bf16, act.n_counted
         x = self._counted_rows(act)
-        dx = act.dln if x is act.ln_f else act.activated.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
+        spare = act.activated.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
+        dx = act.dln if x is act.ln_f else spare
         for rows in _head_chunks(n_counted):
             n, targets = rows.stop - rows.start, act.targets
             dlogits = logits = self._head_loss(act, x, rows)

@@ -111,6 +111,7 @@ layernorm_forward = _kernels.layernorm_forward
 linear_backward_input = _kernels.linear_backward_input
 linear_backward_weight = _kernels.linear_backward_weight
 linear_forward = _kernels.linear_forward
+muon_update = _kernels.muon_update
 pack_weight = _kernels.pack_weight
 packed_forward = _kernels.packed_forward
 packed_size = _kernels.packed_size

@@ -1,8 +1,9 @@
-"""AdamW on flat buffers, gradient clipping, and the learning-rate schedule."""
+"""AdamW and Muon on flat buffers, gradient clipping, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,36 +11,60 @@ import numpy as np
 from feste import ops
 from feste.config import TrainConfig
 from feste.errors import FesteError
+from feste.params import ParameterTable
 
 if TYPE_CHECKING:
     from feste.model import GPT2
 
+FIRST_MOMENTUM, MOMENTUM_STEPS = 0.85, 300  # Muon's momentum rises from the one in so many steps: Jordan et al. 2024
+
+
+# ---- the schedule ------------------------------------------------------------------------------------------
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    return config.warmup_steps or int(config.warmup_fraction * config.num_steps)
+
+
+def decay_begin(config: TrainConfig) -> int:
+    """The last step at the peak learning rate."""
+    if config.schedule != "wsd":
+        return warmup_steps(config)
+    return max(warmup_steps(config), config.num_steps - round(config.decay_fraction * config.num_steps))
+
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then cosine decay to `min_lr_fraction` of it at the last step.
+    """Linear warm-up to the peak, then the decay to `min_lr_fraction` of it at the last step. `step` counts from 1.
 
-    `step` counts from 1. Loshchilov and Hutter 2017, arXiv:1608.03983.
+    cosine: Loshchilov and Hutter 2017, arXiv:1608.03983. linear: Bergsma et al. 2025, arXiv:2502.15938. wsd (warm-up,
+    stable, decay): the peak is held until the last decay_fraction of the steps; Hu et al. 2024, arXiv:2404.06395.
     """
-    warmup = int(config.warmup_fraction * config.num_steps)
+    warmup, begin = warmup_steps(config), decay_begin(config)
     if step <= warmup:
         return config.learning_rate * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, config.num_steps - warmup))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)
+    progress = min(1.0, max(0, step - begin) / max(1, config.num_steps - begin))
+    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.learning_rate * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * share)
+
+
+# ---- the optimizers ----------------------------------------------------------------------------------------
 
 
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on a model's flat buffers.
 
-    Matrices and embeddings decay, biases and layernorms do not. `m` and `v` are flat float32 arrays laid out like
-    `model.flat_params`; `t` counts the updates made. FesteError for a setting out of range.
+    Matrices and embeddings decay, biases and norms do not; with cautious_decay only where the update goes towards zero,
+    too (Chen et al. 2025, arXiv:2510.12402). `m` and `v` are flat float32 arrays laid out like `model.flat_params`; `t`
+    counts the updates made. FesteError for a setting out of range.
 
     copy.copy has moments of its own and updates the same model; deepcopy and pickle take the model along, and of a
     model and its optimizer that are copied together, the new optimizer updates the new model.
     """
 
+    name = "adamw"
+
     def __init__(self, model: GPT2, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 weight_decay: float = 0.1) -> None:
+                 weight_decay: float = 0.1, cautious_decay: bool = False) -> None:
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise FesteError(f"betas must lie in [0, 1), got {betas}", "beta1", "beta2")
         if not eps > 0.0:
@@ -50,20 +75,38 @@ class AdamW:
         self.betas = tuple(betas)
         self.eps = eps
         self.weight_decay = weight_decay
-        self.m, self.v = ops.zeros(model.table.size), ops.zeros(model.table.size)
+        self.cautious_decay = bool(cautious_decay)
+        self.v_table = self.second_moments(model.table)
+        self.m, self.v = ops.zeros(model.table.size), ops.zeros(self.v_table.size)
         self.t = 0
+
+    @classmethod
+    def second_moments(cls, table: ParameterTable) -> ParameterTable:
+        """The table of `v`, for the parameters of a table."""
+        return table
+
+    def settings(self) -> dict:
+        """The settings by their names in TrainConfig."""
+        return {"optimizer": self.name, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps,
+                "weight_decay": self.weight_decay, "cautious_decay": self.cautious_decay}
+
+    @classmethod
+    def of(cls, model: GPT2, settings: dict) -> AdamW:
+        """An optimizer with the settings of `settings`."""
+        rest = {name: value for name, value in settings.items() if name not in ("optimizer", "beta1", "beta2")}
+        return cls(model, (settings["beta1"], settings["beta2"]), **rest)
 
     def __setstate__(self, state: dict) -> None:
         """A copy has moments of its own, which begin where a cache line begins."""
         self.__dict__ |= state
         for name in ("m", "v"):
-            moment = ops.zeros(self.model.table.size)
+            moment = ops.zeros(state[name].size)
             np.copyto(moment, state[name])
             setattr(self, name, moment)
 
     def __repr__(self) -> str:
-        return (f"AdamW({self.model.num_parameters():,} parameters, betas={self.betas}, eps={self.eps:g}, "
-                f"weight_decay={self.weight_decay:g}, {self.t} updates)")
+        return (f"{type(self).__name__}({self.model.num_parameters():,} parameters, betas={self.betas}, "
+                f"eps={self.eps:g}, weight_decay={self.weight_decay:g}, {self.t} updates)")
 
     def step(self, learning_rate: float, clip_norm: float | None = None, zero_grad: bool = False) -> float:
         """Update the parameters from the gradients; returns the gradient norm before clipping.
@@ -76,15 +119,90 @@ class AdamW:
                              "learning_rate")
         if clip_norm is not None and not clip_norm > 0.0:
             raise FesteError(f"clip_norm must be positive or None, got {clip_norm}", "clip_norm")
-        model, table = self.model, self.model.table
-        norm = math.sqrt(ops.sum_of_squares(model.flat_grads, table.size))
+        norm = math.sqrt(ops.sum_of_squares(self.model.flat_grads, self.model.table.size))
         if not math.isfinite(norm):
             return norm
         scale = min(1.0, clip_norm / norm) if clip_norm is not None and norm > 0.0 else 1.0
         self.t += 1
-        for part, decay in ((slice(0, table.decayed_size), self.weight_decay),
-                            (slice(table.decayed_size, table.size), 0.0)):
-            ops.adamw_update(model.flat_params[part], self.m[part], self.v[part], model.flat_grads[part],
-                             learning_rate, *self.betas, self.eps, decay, scale, self.t, zero_grad,
-                             part.stop - part.start)
+        self._update(learning_rate, scale, zero_grad)
         return norm
+
+    def _update(self, learning_rate: float, scale: float, zero_grad: bool) -> None:
+        model = self.model
+        for part, of_v, decays in self._parts():
+            ops.adamw_update(model.flat_params[part], self.m[part], self.v[of_v], model.flat_grads[part],
+                             learning_rate, *self.betas, self.eps, self.weight_decay if decays else 0.0,
+                             self.cautious_decay, scale, self.t, zero_grad, part.stop - part.start)
+
+    def _parts(self) -> Iterator[tuple[slice, slice, bool]]:
+        """What AdamW updates, in as few parts as lie together: of the parameters, of v, and whether they decay."""
+        places = {p.name: p.offset for p in self.model.table}
+        begin = end = v_begin = 0
+        decays = True
+        for p in self.v_table:
+            if places[p.name] != end or p.decays != decays:
+                if end > begin:
+                    yield slice(begin, end), slice(v_begin, v_begin + end - begin), decays
+                begin, v_begin, decays = places[p.name], p.offset, p.decays
+            end = places[p.name] + p.size
+        yield slice(begin, end), slice(v_begin, v_begin + end - begin), decays
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for embeddings, head and vectors.
+
+    Queries, keys and values are matrices of their own. The matrices' learning rate is matrix_rate times that of the
+    rest; their momentum rises to `momentum` in the first steps. They have no second moments: v has those of the rest.
+    """
+
+    name = "muon"
+
+    def __init__(self, model: GPT2, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                 weight_decay: float = 0.1, cautious_decay: bool = False, momentum: float = 0.95,
+                 matrix_rate: float = 3.0) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise FesteError(f"momentum must lie in [0, 1), got {momentum}", "momentum")
+        if not 0.0 < matrix_rate < math.inf:
+            raise FesteError(f"matrix_rate must be a positive number, got {matrix_rate}", "matrix_rate")
+        super().__init__(model, betas, eps, weight_decay, cautious_decay)
+        self.momentum, self.matrix_rate = momentum, matrix_rate
+        self._matrices = np.array(list(matrices_of(model.table)), np.int32)
+
+    @classmethod
+    def second_moments(cls, table: ParameterTable) -> ParameterTable:
+        return table.without_hidden()
+
+    def settings(self) -> dict:
+        return super().settings() | {"momentum": self.momentum, "matrix_rate": self.matrix_rate}
+
+    def _update(self, learning_rate: float, scale: float, zero_grad: bool) -> None:
+        model, rising = self.model, min(1.0, self.t / MOMENTUM_STEPS)
+        momentum = min(self.momentum, FIRST_MOMENTUM) * (1.0 - rising) + self.momentum * rising
+        ops.muon_update(model.flat_params, self.m, model.flat_grads, self._matrices, self.matrix_rate * learning_rate,
+                        momentum, self.weight_decay, self.cautious_decay, scale, zero_grad, len(self._matrices),
+                        model.table.size)
+        super()._update(learning_rate, scale, zero_grad)
+
+
+def matrices_of(table: ParameterTable) -> Iterator[tuple[int, int, int, int]]:
+    """Muon's matrices in a flat buffer: where each begins, its rows, its columns, and the length of a row."""
+    for p in table:
+        if p.hidden:
+            K, N = p.shape
+            parts = 3 if p.name.endswith("attn.c_attn.weight") else 1  # query, key and value
+            for part in range(parts):
+                yield p.offset + part * (N // parts), K, N // parts, N
+
+
+OPTIMIZERS = {optimizer.name: optimizer for optimizer in (AdamW, Muon)}
+
+
+def make(model: GPT2, config: TrainConfig) -> AdamW:
+    """The optimizer of a run. beta2 by a half-life in tokens: Marek et al. 2025, arXiv:2507.07101."""
+    half_life = config.beta2_half_life
+    settings = {"optimizer": config.optimizer, "beta1": config.beta1,
+                "beta2": 0.5 ** (config.tokens_per_step / half_life) if half_life else config.beta2, "eps": config.eps,
+                "weight_decay": config.weight_decay, "cautious_decay": config.cautious_decay}
+    if config.optimizer == "muon":
+        settings |= {"momentum": config.momentum, "matrix_rate": config.matrix_rate}
+    return OPTIMIZERS[config.optimizer].of(model, settings)

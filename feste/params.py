@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Parameter:
     init: float        # standard deviation of the normal initialisation, 0 for a constant
     fill: float        # the constant: 0 for a bias, 1 for the weight of a norm
     decays: bool       # matrices and embeddings decay, biases and norms do not
+    hidden: bool = False  # a matrix between two hidden states: neither embedding nor head
     offset: int = 0    # first element in a flat buffer
 
     @property
@@ -32,8 +33,8 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def _matrix(name: str, *shape: int, std: float = INIT_STD) -> Parameter:
-    return Parameter(name, shape, init=std, fill=0.0, decays=True)
+def _matrix(name: str, *shape: int, std: float = INIT_STD, hidden: bool = False) -> Parameter:
+    return Parameter(name, shape, init=std, fill=0.0, decays=True, hidden=hidden)
 
 
 def _vector(name: str, size: int, fill: float = 0.0) -> Parameter:
@@ -50,7 +51,7 @@ def _parameters(config: Config) -> Iterator[Parameter]:
             yield _vector(f"{name}.bias", C)
 
     def linear(name: str, K: int, N: int, std: float = INIT_STD) -> Iterator[Parameter]:
-        yield _matrix(f"{name}.weight", K, N, std=std)
+        yield _matrix(f"{name}.weight", K, N, std=std, hidden=True)
         if of.biases:
             yield _vector(f"{name}.bias", N)
 
@@ -98,13 +99,21 @@ class ParameterTable:
     """The parameters of a model. Iterates over `Parameter`s; `size` and `decayed_size` count float32 elements."""
 
     def __init__(self, config: Config) -> None:
-        entries = sorted(_parameters(config), key=lambda p: not p.decays)  # stable: keeps the order within each kind
+        self._place(sorted(_parameters(config), key=lambda p: not p.decays))  # stable: keeps the order within each kind
+
+    def _place(self, entries: list[Parameter]) -> None:
         self.entries: list[Parameter] = []
         self.size = self.decayed_size = 0
         for p in entries:
-            self.entries.append(Parameter(p.name, p.shape, p.init, p.fill, p.decays, offset=self.size))
+            self.entries.append(replace(p, offset=self.size))
             self.size += p.size
             self.decayed_size += p.size if p.decays else 0
+
+    def without_hidden(self) -> ParameterTable:
+        """The table of a buffer that leaves out the matrices between hidden states."""
+        table = object.__new__(ParameterTable)
+        table._place([p for p in self.entries if not p.hidden])
+        return table
 
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.entries)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from feste import optim
 from feste.config import Config, TrainConfig
 from feste.data import Text
 from feste.errors import FesteError
@@ -93,7 +94,7 @@ def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Text | Pa
         require_new(run_dir)
     data = data_of(model.config, tokenizer, text)
     if optimizer is None:
-        optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+        optimizer = optim.make(model, config)
     elif optimizer.model is not model:
         raise FesteError("the optimizer is that of another model; make one with AdamW(model)", "optimizer")
     plan = Plan(model, tokenizer, optimizer, data, config, run_dir, info=info or {})
@@ -145,7 +146,7 @@ def resumed_in(model: GPT2, tokenizer: BPETokenizer, optimizer: AdamW | None, ch
     if checkpoint.tokenizer.to_json() != tokenizer.to_json():
         raise FesteError("this is not the run of the checkpoint: the tokenizer is another one", "tokenizer")
     if optimizer is None:
-        optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+        optimizer = optim.make(model, config)
     plan = resumed(checkpoint, text, config, run_dir, info)
     for own, held in ((model.flat_params, checkpoint.model.flat_params), (optimizer.m, checkpoint.optimizer.m),
                       (optimizer.v, checkpoint.optimizer.v)):

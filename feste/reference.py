@@ -28,6 +28,7 @@ GELU_SCALE = np.sqrt(2.0 / np.pi)  # the tanh form of GELU: Hendrycks and Gimpel
 GELU_CUBIC = 0.044715
 LAYERNORM_EPS = 1e-5
 RMSNORM_EPS = 1e-5
+MUON_DAMPING, MUON_LEAST = 1e-3, 2.0**-126  # of a mean row's square, and where there is no gradient at all
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------
@@ -396,20 +397,52 @@ def sum_of_squares(x, n):
     return float(np.sum(np.square(x.reshape(-1), dtype=np.float64)))
 
 
-def adamw_update(param, m, v, grad, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, t, zero_grad, n):
+def adamw_update(param, m, v, grad, learning_rate, beta1, beta2, eps, weight_decay, cautious, grad_scale, t, zero_grad,
+                 n):
     """One AdamW update of param (n) in place. Loshchilov and Hutter 2019, arXiv:1711.05101.
 
     The gradient is multiplied by grad_scale first (clipping) and zeroed afterwards if zero_grad.
     t counts updates from 1 and corrects the bias of the two moments m and v, which start at zero.
+    If cautious, only what the update makes smaller decays: Chen et al. 2025, arXiv:2510.12402.
     """
     g = grad * grad_scale
     m[:] = beta1 * m + (1.0 - beta1) * g
     v[:] = beta2 * v + (1.0 - beta2) * g * g
     m_hat = m / (1.0 - beta1**t)
     v_hat = v / (1.0 - beta2**t)
-    param[:] = param - learning_rate * (weight_decay * param + m_hat / (np.sqrt(v_hat) + eps))
+    update = m_hat / (np.sqrt(v_hat) + eps)
+    param[:] = param - learning_rate * (weight_decay * _decaying(param, update, cautious) + update)
     if zero_grad:
         grad[:] = 0.0
+
+
+def _decaying(param, update, cautious):
+    """The part of param that decays: all of it, or what becomes smaller when update is taken from it."""
+    return np.where(param * update > 0, param, 0.0) if cautious else param
+
+
+def muon_update(param, m, grad, matrices, learning_rate, momentum, weight_decay, cautious, grad_scale, zero_grad, count,
+                n):
+    """One Muon update, in place, of the matrices in param (n), with their momentum in m (n). Jordan et al. 2024.
+
+    matrices (count, 4): where each begins, its rows K and columns N, and the length of a row of the array that it is a
+    part of. X is the momentum with the gradient once more (Nesterov), with its shorter side first; L^-1 X, where
+    L L^T = X X^T + damping, has rows at right angles to each other, and that is the update.
+    """
+    for offset, K, N, ld in matrices.reshape(count, 4):
+        places = offset + np.arange(K)[:, None] * ld + np.arange(N)
+        g = (1.0 - momentum) * grad_scale * grad[places]
+        m[places] = momentum * m[places] + g
+        u = momentum * m[places] + g
+        x = u.T if N <= K else u
+        gram = x @ x.T
+        gram += (MUON_DAMPING * np.trace(gram) / len(gram) + MUON_LEAST) * np.eye(len(gram))
+        x = np.linalg.solve(np.linalg.cholesky(gram), x)
+        update = (x.T if N <= K else x) * max(1.0, N / K) ** 0.5
+        decaying = _decaying(param[places], update, cautious)
+        param[places] -= learning_rate * (weight_decay * decaying + update)
+        if zero_grad:
+            grad[places] = 0.0
 
 
 # ---- byte-pair encoding ------------------------------------------------------------------------------------

@@ -101,8 +101,7 @@ def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
     """The settings, with those of an optimizer that was handed over: the run must say what it does."""
     if optimizer is None:
         return settings
-    own = {"beta1": optimizer.betas[0], "beta2": optimizer.betas[1], "eps": optimizer.eps,
-           "weight_decay": optimizer.weight_decay}
+    own = optimizer.settings()
     for name, value in own.items():
         if settings.get(name, value) != value:
             raise FesteError(f"{name}={settings[name]}, but the optimizer has {value}", name)

@@ -38,7 +38,7 @@ EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block th
 
 @dataclass(frozen=True)
 class Block:
-    """The parameters of one block, or their gradients: (weight, bias) each, or (weight, None) and, of a norm, (weight,)."""
+    """The parameters of one block, or their gradients: (weight, bias) each, or (weight, None) and (weight,)."""
 
     ln_1: tuple      # (C), (C)
     c_attn: tuple    # (C, 3C), (3C)
@@ -233,8 +233,8 @@ class Pass:
     def norm_backward(self, dparameters: tuple, x: np.ndarray, parameters: tuple, statistics: np.ndarray,
                       dresidual: np.ndarray | None) -> None:
         """act.dx (rows, C) = the gradient of a norm's x, from act.dln, that of its output, + dresidual (rows, C)."""
-        kernel(self.of.norm, "backward")(self.act.dx, *dparameters, self.act.dln, x, parameters[0], *statistics, dresidual,
-                                         *x.shape)
+        kernel(self.of.norm, "backward")(self.act.dx, *dparameters, self.act.dln, x, parameters[0], *statistics,
+                                         dresidual, *x.shape)
 
     def linear(self, out: np.ndarray, x: np.ndarray, parameters: tuple, residual: np.ndarray | None = None) -> None:
         """out (rows, N) = x (rows, K) @ weight (K, N) + bias (N) + residual (rows, N)."""
@@ -285,7 +285,8 @@ def kernel(name: str, direction: str) -> Callable[..., None]:
 def forward(run: Pass, w: Weights, ids: np.ndarray) -> None:
     """Fill run.act up to ln_f (rows, C) for ids (B, T)."""
     act = run.act
-    ops.embedding_forward(act.x, ids, w.wte, w.wpe, *ids.shape, act.x.shape[1], run.position)  # x = dropout(wte[ids] + wpe)
+    # x = dropout(wte[ids] + wpe)
+    ops.embedding_forward(act.x, ids, w.wte, w.wpe, *ids.shape, act.x.shape[1], run.position)
     if run.dropout.p > 0.0:
         run.dropout.forward(act.x, act.x, None, 0, EMBEDDING)
     x = act.x
@@ -333,7 +334,7 @@ def _backward_block(run: Pass, w: Block, d: Block, a: SimpleNamespace, x: np.nda
     # x' = mid + dropout(activation(fc) @ mlp.c_proj)
     dprojected = _through_dropout(run, layer, MLP_PROJ)
     ops.linear_backward_input(act.dfc, dprojected, w.mlp_proj[0], rows, 4 * C, C, bf16)
-    kernel(run.of.activation, "backward")(act.dfc, act.activated, act.dfc, a.fc, a.fc.size)  # and activation(fc) once more
+    kernel(run.of.activation, "backward")(act.dfc, act.activated, act.dfc, a.fc, a.fc.size)  # makes activation(fc), too
     ops.linear_backward_weight(*d.mlp_proj, dprojected, act.activated, rows, 4 * C, C, bf16)
     # fc = norm(mid) @ c_fc
     run.linear_backward(act.dln, d.c_fc, act.dfc, a.ln_2, w.c_fc)

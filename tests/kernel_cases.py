@@ -72,12 +72,12 @@ def linear_cases() -> Iterator[Case]:
     for rows, K, N in [(1, 1, 1), (1, 70, 100), (5, 3, 7), (64, 64, 192), (67, 33, 65)]:
         for bf16 in (False, True):
             label = f"{rows}x{K}x{N}{'-bf16' * bf16}"
-            for residual in (None, normal(rows, N)):
+            for residual, bias in ((None, normal(N)), (normal(rows, N), normal(N)), (normal(rows, N), None)):
                 def forward(args, results, bf16=bf16):
-                    start = np.abs(args["bias"]) + (0 if args["residual"] is None else np.abs(args["residual"]))
+                    start = sum(np.abs(args[name]) for name in ("bias", "residual") if args[name] is not None)
                     return {"out": gemm_bound(rounded(args["x"], bf16), rounded(args["weight"], bf16), start)}
                 yield Case("linear_forward", {"out": normal(rows, N), "x": normal(rows, K), "weight": normal(K, N),
-                                              "bias": normal(N), "residual": residual, "rows": rows, "K": K, "N": N,
+                                              "bias": bias, "residual": residual, "rows": rows, "K": K, "N": N,
                                               "bf16": bf16}, ("out",), forward, label)
             yield Case("linear_backward_input", {"dx": normal(rows, K), "dout": normal(rows, N),
                                                  "weight": normal(K, N), "rows": rows, "K": K, "N": N, "bf16": bf16},
@@ -148,6 +148,62 @@ def layernorm_cases() -> Iterator[Case]:
                                               "dout": normal(rows, C), "x": x, "weight": weight, "mean": mean,
                                               "rstd": rstd, "dresidual": dresidual, "rows": rows, "C": C},
                        ("dx", "dweight", "dbias"), backward, f"{rows}x{C}{'-residual' * (dresidual is not None)}")
+
+
+def rmsnorm_cases() -> Iterator[Case]:
+    for rows, C in [(1, 1), (2, 2), (5, 17), (3, 33), (130, 64), (65, 768)]:
+        x, weight = normal(rows, C), normal(C)
+
+        def forward(args, results):
+            unit = SAFETY * np.sqrt(args["C"] + 1) * U
+            out = unit * np.abs(args["x"] * args["weight"]) * results["rstd"][:, None]
+            return {"out": out, "rstd": unit * results["rstd"]}
+        yield Case("rmsnorm_forward", {"out": normal(rows, C), "rstd": normal(rows), "x": x, "weight": weight,
+                                       "rows": rows, "C": C}, ("out", "rstd"), forward, f"{rows}x{C}")
+        statistics = np.empty((rows, C)), np.empty(rows)
+        reference.rmsnorm_forward(*statistics, x.astype(np.float64), weight, rows, C)
+        rstd = statistics[1].astype(np.float32)
+        for dresidual in (None, normal(rows, C)):
+            def backward(args, results):
+                unit = SAFETY * np.sqrt(args["C"] + args["rows"]) * U
+                rstd = args["rstd"][:, None]
+                xhat, dout = np.abs(args["x"]) * rstd, np.abs(args["dout"])
+                dxhat = dout * np.abs(args["weight"])
+                dx = unit * rstd * (dxhat + xhat * (dxhat * xhat).mean(axis=1, keepdims=True))
+                dx = dx + (0 if args["dresidual"] is None else U * np.abs(args["dresidual"]))
+                return {"dx": dx, "dweight": unit * ((dout * xhat).sum(axis=0) + np.abs(args["dweight"]))}
+            yield Case("rmsnorm_backward", {"dx": normal(rows, C), "dweight": normal(C), "dout": normal(rows, C),
+                                            "x": x, "weight": weight, "rstd": rstd, "dresidual": dresidual,
+                                            "rows": rows, "C": C}, ("dx", "dweight"), backward,
+                       f"{rows}x{C}{'-residual' * (dresidual is not None)}")
+
+
+def relu2_cases() -> Iterator[Case]:
+    for n in (1, 15, 16, 17, 20_001):
+        x = normal(n)
+        yield Case("relu2_forward", {"out": normal(n), "x": x, "n": n}, ("out",),
+                   lambda args, results: {"out": 2 * U * results["out"]}, str(n))
+        yield Case("relu2_backward", {"dx": normal(n), "out": normal(n), "dout": normal(n), "x": x, "n": n},
+                   ("dx", "out"), lambda args, results: {name: 2 * U * np.abs(results[name]) for name in ("dx", "out")},
+                   str(n))
+
+
+def rope_cases() -> Iterator[Case]:
+    for B, T, H, D, position in [(1, 1, 1, 2, 0), (2, 5, 3, 6, 4), (1, 33, 2, 64, 0), (3, 7, 1, 34, 1)]:
+        angles = normal(position + T + 1, D // 2)
+        tables = {"cosine": np.cos(angles), "sine": np.sin(angles)}
+
+        def bounds(args, results):
+            name = "qkv" if "qkv" in args else "dqkv"
+            halves = np.abs(args[name]).reshape(args["B"], args["T"], 3, args["H"], 2, args["D"] // 2)
+            sizes = np.broadcast_to(halves.sum(axis=4, keepdims=True), halves.shape).copy()
+            sizes[:, :, 2] = 0.0  # the values stay as they are
+            return {name: 3 * U * sizes.reshape(args[name].shape)}
+        sizes = {"B": B, "T": T, "H": H, "D": D}
+        yield Case("rope_forward", {"qkv": normal(B, T, 3 * H * D), **tables, **sizes, "position": position}, ("qkv",),
+                   bounds, f"{B}x{T}x{H}x{D}")
+        yield Case("rope_backward", {"dqkv": normal(B, T, 3 * H * D), **tables, **sizes}, ("dqkv",), bounds,
+                   f"{B}x{T}x{H}x{D}")
 
 
 def gelu_cases() -> Iterator[Case]:
@@ -293,7 +349,7 @@ def optimizer_cases() -> Iterator[Case]:
             "return": relative_bound(results["return"], min(args["n"], 8192), 0.0)}, str(n))
         for zero_grad in (False, True):
             hyper = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
-                     "grad_scale": 0.7, "t": 3, "zero_grad": zero_grad}
+                     "cautious": zero_grad, "grad_scale": 0.7, "t": 3, "zero_grad": zero_grad}
 
             def bounds(args, results):
                 m, v = np.abs(args["m"]) + np.abs(args["grad"]), args["v"] + args["grad"]**2
@@ -305,6 +361,32 @@ def optimizer_cases() -> Iterator[Case]:
                        f"{n}{'-zero' * zero_grad}")
 
 
+def muon_cases() -> Iterator[Case]:
+    """Shapes around the edges of panels and strips, wide and high; one array with three matrices side by side."""
+    shapes = [(1, 1), (3, 5), (5, 3), (64, 64), (17, 600), (600, 33), (100, 40)]
+    for sides, parts in [*((shape, 1) for shape in shapes), ((48, 40), 3)]:
+        (K, N), n = sides, 7 + sides[0] * sides[1] * parts
+        matrices = np.array([[7 + part * N, K, N, parts * N] for part in range(parts)], np.int32)
+
+        def bounds(args, results):
+            """Cholesky and the solve lose the condition of L in accuracy: Higham 2002, theorems 10.3 and 8.5."""
+            worst = np.zeros(args["n"])
+            for offset, K, N, ld in args["matrices"]:
+                places = offset + np.arange(K)[:, None] * ld + np.arange(N)
+                u = args["grad"][places] * args["grad_scale"] + results["m"][places]
+                x = u.T if N <= K else u
+                gram = x @ x.T
+                gram += 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+                loss = SAFETY * np.sqrt(len(gram) + max(K, N)) * U * np.linalg.cond(gram)
+                worst[places] = args["learning_rate"] * max(1, N / K) ** 0.5 * loss
+            size = np.abs(args["m"]) + np.abs(args["grad"])
+            return {"param": worst + 4 * U * np.abs(args["param"]), "m": 8 * U * size, "grad": 0.0}
+        yield Case("muon_update", {"param": normal(n), "m": normal(n), "grad": normal(n), "matrices": matrices,
+                                   "learning_rate": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "cautious": parts > 1,
+                                   "grad_scale": 0.7, "zero_grad": K > N, "count": parts, "n": n},
+                   ("param", "m", "grad"), bounds, f"{K}x{N}{f'x{parts}' if parts > 1 else ''}")
+
+
 def rounding_cases() -> Iterator[Case]:
     x = normal(1000) * np.float32(10.0) ** RNG.integers(-40, 38, 1000).astype(np.float32)
     x[:8] = [0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-40, 3.0, 2**-126]
@@ -312,6 +394,7 @@ def rounding_cases() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    makers = (gemm_cases, linear_cases, embedding_cases, layernorm_cases, gelu_cases, dropout_cases, attention_cases,
-              decode_cases, row_cases, cross_entropy_cases, optimizer_cases, rounding_cases)
+    makers = (gemm_cases, linear_cases, embedding_cases, layernorm_cases, rmsnorm_cases, gelu_cases, relu2_cases,
+              dropout_cases, rope_cases, attention_cases, decode_cases, row_cases, cross_entropy_cases, optimizer_cases,
+              muon_cases, rounding_cases)
     return [case for maker in makers for case in maker()]

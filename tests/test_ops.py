@@ -208,7 +208,7 @@ def test_nan_and_inf_are_not_hidden(kernels, name, poison):
 def test_adamw_keeps_nan_visible(kernels):
     arrays = [normal(20), np.zeros(20, np.float32), np.zeros(20, np.float32), normal(20)]
     arrays[3][5] = np.nan
-    kernels.adamw_update(*arrays, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 1, True, 20)
+    kernels.adamw_update(*arrays, 1e-3, 0.9, 0.95, 1e-8, 0.1, False, 1.0, 1, True, 20)
     assert np.isnan(arrays[0][5]) and np.isfinite(np.delete(arrays[0], 5)).all()
 
 
@@ -259,6 +259,7 @@ def test_read_only_outputs_are_refused(kernels, case):
 # Outputs that may be an input, as their twins say.
 MAY_BE = {("gelu_backward", "dx", "dout"), ("dropout_forward", "out", "x"), ("dropout_forward", "out", "residual"),
           ("dropout_backward", "dx", "dout"), ("layernorm_backward", "dx", "dresidual"),
+          ("relu2_backward", "dx", "dout"), ("rmsnorm_backward", "dx", "dresidual"),
           ("cross_entropy_backward", "dlogits", "logits")}
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from feste import reference
+from feste.transformer import rotations
 
 RNG = np.random.default_rng(1)
 STEP = 1e-5
@@ -82,17 +83,66 @@ def test_layernorm(C, with_residual):
     check(loss, {"x": (x, dx), "weight": (weight, dweight), "bias": (bias, dbias)})
 
 
-def test_gelu():
+@pytest.mark.parametrize("C", [1, 7])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rmsnorm(C, with_residual):
+    rows = 3
+    x, weight, upstream, straight = normal(rows, C), normal(C), normal(rows, C), normal(rows, C)
+    out, rstd = np.empty((rows, C)), np.empty(rows)
+
+    def loss():
+        reference.rmsnorm_forward(out, rstd, x, weight, rows, C)
+        return (out * upstream).sum() + ((x * straight).sum() if with_residual else 0.0)
+
+    loss()
+    dx, dweight = np.empty_like(x), np.zeros(C)
+    reference.rmsnorm_backward(dx, dweight, upstream, x, weight, rstd.copy(), straight if with_residual else None,
+                               rows, C)
+    check(loss, {"x": (x, dx), "weight": (weight, dweight)})
+
+
+@pytest.mark.parametrize(("B", "T", "H", "D", "position"), [(1, 1, 1, 2, 0), (2, 5, 2, 6, 0), (1, 3, 2, 4, 2)])
+def test_rope(B, T, H, D, position):
+    qkv, upstream, angles = normal(B, T, 3 * H * D), normal(B, T, 3 * H * D), normal(T + position, D // 2)
+    cosine, sine = np.cos(angles), np.sin(angles)
+
+    def loss():
+        rotated = qkv.copy()
+        reference.rope_forward(rotated, cosine, sine, B, T, H, D, position)
+        return (rotated * upstream).sum()
+
+    dqkv = upstream.copy()
+    reference.rope_backward(dqkv, cosine[position:], sine[position:], B, T, H, D)
+    check(loss, {"qkv": (qkv, dqkv)})
+
+
+def test_rotated_scores_know_distances_only():
+    """What rotary positions are for: q . k depends on how far apart they stand, not on where."""
+    T, D = 9, 6
+    cosine, sine = (np.float64(table) for table in rotations(T, D))
+    q, k = normal(D), normal(D)
+    qkv = np.tile(np.concatenate([q, k, k]), (1, T, 1))
+    reference.rope_forward(qkv, cosine, sine, 1, T, 1, D)
+    scores = qkv[0, :, :D] @ qkv[0, :, D:2 * D].T
+    for distance in range(T):
+        assert np.ptp(np.diagonal(scores, -distance)) < 1e-6
+    assert abs(scores[0, 0] - q @ k) < 1e-12
+    assert np.ptp(scores[-1]) > 0.01
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_activation(activation):
+    forward, backward = (getattr(reference, f"{activation}_{way}") for way in ("forward", "backward"))
     x, upstream = normal(50) * 2, normal(50)
 
     def loss():
         out = np.empty(50)
-        reference.gelu_forward(out, x, 50)
+        forward(out, x, 50)
         return (out * upstream).sum()
 
     dx, again, out = np.empty(50), np.empty(50), np.empty(50)
-    reference.gelu_backward(dx, again, upstream, x, 50)
-    reference.gelu_forward(out, x, 50)
+    backward(dx, again, upstream, x, 50)
+    forward(out, x, 50)
     assert np.array_equal(again, out)
     check(loss, {"x": (x, dx)})
 
@@ -171,12 +221,39 @@ def test_round_bf16():
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (4, 7), (7, 4), (6, 6)])
+def test_muon_moves_along_rows_of_length_one_at_right_angles(K, N):
+    """Without damping the update is orthogonal; with it, it stays close, and no direction is longer than one."""
+    param, m, grad = np.zeros(K * N), np.zeros(K * N), normal(K * N)
+    reference.muon_update(param, m, grad, np.array([[0, K, N, N]]), 1.0, 0.5, 0.0, False, 1.0, False, 1, K * N)
+    lengths = np.linalg.svd(param.reshape(K, N) / max(1.0, N / K) ** 0.5, compute_uv=False)
+    assert lengths.max() < 1.0 + 1e-12
+    assert lengths.min() > 0.9
+    assert (param * grad).sum() < 0  # downhill
+
+
+def test_muon_takes_a_matrix_out_of_a_larger_one_and_leaves_the_rest():
+    param, m, grad = normal(40), np.zeros(40), normal(40)
+    before = param.copy()
+    reference.muon_update(param, m, grad, np.array([[3, 4, 2, 9]]), 0.1, 0.9, 0.0, False, 1.0, True, 1, 40)
+    inside = {3 + 9 * i + j for i in range(4) for j in range(2)}
+    for i in range(40):
+        assert (param[i] != before[i]) == (m[i] != 0.0) == (grad[i] == 0.0) == (i in inside)
+
+
+def test_cautious_decay_by_hand():
+    """Only what the update makes smaller decays: the first of the two, whose gradient has its own sign."""
+    param, grad = np.array([1.0, 1.0]), np.array([0.5, -0.5])
+    reference.adamw_update(param, np.zeros(2), np.zeros(2), grad, 0.1, 0.9, 0.95, 0.0, 0.5, True, 1.0, 1, False, 2)
+    assert param == pytest.approx([1.0 - 0.1 * (1.0 + 0.5), 1.0 + 0.1])
+
+
 def test_adamw_by_hand():
     """Two steps of one parameter, worked out by the formulas of the paper."""
     param, m, v = np.array([1.0]), np.zeros(1), np.zeros(1)
     for t, gradient in enumerate([0.5, -0.25], 1):
         grad = np.array([gradient])
-        reference.adamw_update(param, m, v, grad, 0.1, 0.9, 0.95, 1e-8, 0.01, 1.0, t, True, 1)
+        reference.adamw_update(param, m, v, grad, 0.1, 0.9, 0.95, 1e-8, 0.01, False, 1.0, t, True, 1)
         assert grad[0] == 0.0
     first = 1.0 - 0.1 * (0.01 * 1.0 + 1.0)
     m2, v2 = 0.9 * 0.05 - 0.1 * 0.25, 0.95 * 0.05 * 0.25 + 0.05 * 0.0625

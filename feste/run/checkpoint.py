@@ -29,14 +29,14 @@ from feste import disk
 from feste.config import Config
 from feste.errors import FesteError
 from feste.model import GPT2
-from feste.optim import AdamW
+from feste.optim import OPTIMIZERS, AdamW
 from feste.params import ParameterTable
 from feste.tokenizer import BPETokenizer
 
 FORMAT_VERSION = 1
 REQUIRED = ("feste_format_version", "config", "precision", "seed", "step", "best", "train_config", "trainer_state",
             "checksum")
-PREFIXES = ("", "optimizer.m.", "optimizer.v.")  # of the tensors of the three flat buffers
+PARAMETERS, FIRST, SECOND = "", "optimizer.m.", "optimizer.v."  # what the tensors' names begin with
 
 
 class CheckpointError(FesteError):
@@ -78,15 +78,15 @@ class Checkpoint:
 class Snapshot:
     """What a checkpoint will hold at one moment.
 
-    With `room`, an array (1 or 3, parameters) as room_for makes it, the flat buffers are copied into it, so that
-    training can go on while they are written. Without, the snapshot is of the live buffers: write it at once.
+    With `room`, arrays as room_for makes them, the flat buffers are copied into it, so that training can go on while
+    they are written. Without, the snapshot is of the live buffers: write it at once.
     """
 
     def __init__(self, model: GPT2, tokenizer: BPETokenizer | None, optimizer: AdamW | None, *, step: int = 0,
                  best_val_loss: float = math.inf, best_step: int = 0, train_config: dict | None = None,
-                 trainer_state: dict | None = None, room: np.ndarray | None = None) -> None:
-        self.table = model.table
-        self.flats = [model.flat_params] + ([optimizer.m, optimizer.v] if optimizer is not None else [])
+                 trainer_state: dict | None = None, room: list[np.ndarray] | None = None) -> None:
+        self.tables = _tables(model.table, optimizer and type(optimizer))
+        self.flats = _flats(model, optimizer)
         if room is not None:
             for copy, flat in zip(room, self.flats, strict=True):
                 np.copyto(copy, flat)
@@ -105,29 +105,36 @@ class Snapshot:
         if tokenizer is not None:
             self.metadata["tokenizer"] = tokenizer.to_json()
         if optimizer is not None:
-            self.metadata["optimizer"] = json.dumps({"betas": optimizer.betas, "eps": optimizer.eps,
-                                                     "weight_decay": optimizer.weight_decay, "t": optimizer.t})
+            self.metadata["optimizer"] = json.dumps(optimizer.settings() | {"t": optimizer.t})
 
     @staticmethod
-    def room_for(model: GPT2, optimizer: AdamW | None) -> np.ndarray:
-        """An array for the flat buffers of a snapshot, one row each. It is written to, so that the memory is there."""
-        room = np.empty((1 if optimizer is None else 3, model.table.size), np.float32)
-        room.fill(0.0)
-        return room
+    def room_for(model: GPT2, optimizer: AdamW | None) -> list[np.ndarray]:
+        """Arrays for the flat buffers of a snapshot. They are written to, so that the memory is there."""
+        return [np.full(flat.size, 0.0, np.float32) for flat in _flats(model, optimizer)]
 
     @property
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in self.flats)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {prefix + name: view for prefix, flat in zip(PREFIXES, self.flats, strict=False)
-                for name, view in self.table.views(flat).items()}
+        return {prefix + name: view for (prefix, table), flat in zip(self.tables.items(), self.flats, strict=True)
+                for name, view in table.views(flat).items()}
 
     def checksum(self) -> str:
         digest = _new_digest(self.metadata)
         for flat in self.flats:
             digest.update(flat)
         return digest.hexdigest()
+
+
+def _tables(table: ParameterTable, optimizer: type[AdamW] | None) -> dict[str, ParameterTable]:
+    """The tables of the flat buffers of a checkpoint, by the beginning of their tensors' names."""
+    return {PARAMETERS: table} | ({} if optimizer is None else {FIRST: table, SECOND: optimizer.second_moments(table)})
+
+
+def _flats(model: GPT2, optimizer: AdamW | None) -> list[np.ndarray]:
+    """The flat buffers of a checkpoint, in the order of `_tables`."""
+    return [model.flat_params] + ([] if optimizer is None else [optimizer.m, optimizer.v])
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
@@ -178,9 +185,9 @@ def _read(path: Path, precision: str | None) -> Checkpoint:
             step, best_val_loss, best_step, train_config, trainer_state = _run_state(metadata)
             optimizer = _make_optimizer(model, json.loads(metadata["optimizer"])) if "optimizer" in metadata else None
         digest = _new_digest(metadata)
-        for prefix, flat in zip(PREFIXES, [model.flat_params, *([optimizer.m, optimizer.v] if optimizer else [])],
-                                strict=False):
-            for name, view in model.table.views(flat).items():
+        tables = _tables(model.table, optimizer and type(optimizer))
+        for (prefix, table), flat in zip(tables.items(), _flats(model, optimizer), strict=True):
+            for name, view in table.views(flat).items():
                 np.copyto(view, file.get_tensor(prefix + name))
             digest.update(flat)
     if digest.hexdigest() != metadata["checksum"]:
@@ -194,8 +201,8 @@ def verify(path: Path) -> int:
     """The step of a whole checkpoint; CheckpointError for a damaged one. Reads all of it, a tensor at a time."""
     with _opened(path) as file:
         metadata, config = _read_header(path, file)
-        digest, table = _new_digest(metadata), ParameterTable(config)
-        for prefix in PREFIXES[:3 if "optimizer" in metadata else 1]:
+        digest = _new_digest(metadata)
+        for prefix, table in _tables_of(metadata, config).items():
             for p in table:
                 digest.update(file.get_tensor(prefix + p.name))
     if digest.hexdigest() != metadata["checksum"]:
@@ -240,8 +247,7 @@ def _read_header(path: Path, file: safe_open) -> tuple[dict[str, str], Config]:
         config, names = Config.from_dict(json.loads(metadata["config"])), set(file.keys())
         if config.n_layers > len(names):
             raise ValueError(f"n_layers={config.n_layers} with {len(names)} tensors")
-        prefixes = PREFIXES[:3 if "optimizer" in metadata else 1]
-        expected = {prefix + p.name: p.shape for prefix in prefixes for p in ParameterTable(config)}
+        expected = {prefix + p.name: p.shape for prefix, table in _tables_of(metadata, config).items() for p in table}
         for name in sorted({*names, *expected}):
             held = file.get_slice(name) if name in names else None
             if name not in expected or held is None or held.get_dtype() != "F32" \
@@ -263,8 +269,24 @@ def _run_state(metadata: Mapping[str, str]) -> tuple[int, float, int, dict | Non
     return step, math.inf if best_val_loss is None else best_val_loss, best_step, train_config, trainer_state
 
 
+def _tables_of(metadata: Mapping[str, str], config: Config) -> dict[str, ParameterTable]:
+    """The tables of the tensors that a file with these metadata should hold."""
+    kind = _optimizer_class(json.loads(metadata["optimizer"])) if "optimizer" in metadata else None
+    return _tables(ParameterTable(config), kind)
+
+
+def _optimizer_class(state: dict) -> type[AdamW]:
+    name = state.get("optimizer", AdamW.name)  # files from before there was a choice do not say
+    if name not in OPTIMIZERS:
+        raise ValueError(f"the optimizer is {name!r:.60}")
+    return OPTIMIZERS[name]
+
+
 def _make_optimizer(model: GPT2, state: dict) -> AdamW:
-    optimizer = AdamW(model, tuple(state["betas"]), state["eps"], state["weight_decay"])
+    settings = {name: value for name, value in state.items() if name not in ("t", "betas")}
+    if "betas" in state:  # as older files name them
+        settings["beta1"], settings["beta2"] = state["betas"]
+    optimizer = _optimizer_class(state).of(model, settings)
     optimizer.t = int(state["t"])
     return optimizer
 

@@ -193,7 +193,7 @@ class CheckpointWriter:
     def __init__(self, keep_last: int) -> None:
         self.keep_last = keep_last
         self.saves, self.held_up_seconds = 0, 0.0
-        self._room: np.ndarray | None = None
+        self._room: list[np.ndarray] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 

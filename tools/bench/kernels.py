@@ -72,4 +72,4 @@ class _Feste:
                h.size)
         m, v = zeros(n), zeros(n)
         yield ("AdamW with clipping and zeroing",
-               lambda: ops.adamw_update(y, m, v, dx, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, 10, True, n), n)
+               lambda: ops.adamw_update(y, m, v, dx, 1e-3, 0.9, 0.95, 1e-8, 0.1, False, 0.5, 10, True, n), n)
