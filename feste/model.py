@@ -49,7 +49,7 @@ class GPT2:
         """
         config, files = huggingface.read_config(directory)
         model = cls(config, seed=None, precision=precision)
-        huggingface.read_tensors(files, model.params)
+        huggingface.read_tensors(files, config, model.params)
         return model
 
     def _make(self, config: Config, precision: str, dropout_seed: int) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from feste import GPT2, BPETokenizer, Checkpoint, Config, FesteError, cli
+from feste import GPT2, AdamW, BPETokenizer, Checkpoint, Config, FesteError, cli
 from feste.corpus import shakespeare_text
 from feste.formats import gguf_file
 from tools import export, import_model
 
 ORACLE = Path(__file__).parent / "parity" / "gpt2"  # written by transformers, see parity/make_gpt2.py
+ARCEE = Path(__file__).parent / "parity" / "arcee"  # see parity/make_arcee.py
 TEXT = "To be, or not to be: that is the question, and the question is to be."
 
 
@@ -50,6 +51,39 @@ def test_logits_and_greedy_tokens_are_those_of_transformers():
     assert np.abs(model.forward(oracle["prompt"]) - oracle["logits"]).max() < 2e-5
     new = model.generate(oracle["prompt"][0].tolist(), 12, temperature=0.0)
     assert new == oracle["greedy"][0].tolist()
+
+
+def test_the_modern_family_is_transformers_arcee():
+    """Logits, greedy tokens, and the losses of 20 steps of AdamW."""
+    model, oracle = GPT2.from_pretrained(ARCEE), dict(np.load(ARCEE / "expected.npz"))
+    assert model.config == Config(vocab_size=61, n_embd=24, n_layers=2, n_heads=3, block_size=20, arch="modern")
+    ids = oracle["ids"]
+    assert np.abs(model.forward(ids[0, :, :20]) - oracle["logits"]).max() < 2e-5
+    assert model.generate(ids[0, 0, :8].tolist(), 12, temperature=0.0) == oracle["greedy"][0].tolist()
+    optimizer, losses = AdamW(model), []
+    for batch in ids:
+        losses.append(model.forward_backward(batch[:, :-1], batch[:, 1:]))
+        optimizer.step(1e-2, clip_norm=1.0, zero_grad=True)
+    assert np.abs(losses - oracle["losses"]).max() < 1e-4
+    assert losses[-1] != pytest.approx(losses[0], abs=0.1)
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"num_key_value_heads": 1}, "num_key_value_heads is 1; with hidden_size 24 and num_attention_heads 3"),
+    ({"intermediate_size": 100}, "intermediate_size is 100"),
+    ({"hidden_act": "silu"}, "hidden_act is 'silu'; feste computes 'relu2'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0"),
+    ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"num_hidden_layers": 1}, "that a model of this configuration lacks"),
+])
+def test_what_feste_does_not_compute_of_arcee_is_refused_by_name(tmp_path, fields, said):
+    folder = Path(shutil.copytree(ARCEE, tmp_path / "arcee"))
+    change(folder, **fields)
+    with pytest.raises(FesteError) as error:
+        GPT2.from_pretrained(folder)
+    assert said in str(error.value)
 
 
 def test_the_tokenizer_that_comes_with_it():
@@ -119,7 +153,7 @@ def test_half_precision_files(folder, kind):
     ({"attn_pdrop": 0.2}, "attn_pdrop is 0.2"),
     ({"n_layer": "two"}, "n_layer is 'two'"),
     ({"n_positions": 12}, "wpe.weight has the shape (24, 16), and should have (12, 16)"),
-    ({"n_layer": 1}, "that a GPT-2 of this configuration lacks"),
+    ({"n_layer": 1}, "that a model of this configuration lacks"),
     ({"n_layer": 3}, "lacks 12 tensors, among them transformer.h.2"),
 ])
 def test_what_feste_does_not_compute_is_refused_by_name(folder, fields, said):
@@ -166,11 +200,12 @@ def test_fine_tuning_begins_with_it(folder, tmp_path, capsys):
 # ---- out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(tmp_path):
+@pytest.fixture(params=["gpt2", "modern"])
+def trained(tmp_path, request):
     """A checkpoint of a small model, untied, whose parameters all differ."""
     tokenizer = BPETokenizer.train(TEXT, 270, ["<|endoftext|>"])
-    model = GPT2(Config(vocab_size=tokenizer.vocab_size, n_embd=32, n_layers=2, n_heads=2, block_size=16))
+    model = GPT2(Config(vocab_size=tokenizer.vocab_size, n_embd=32, n_layers=2, n_heads=2, block_size=16,
+                        arch=request.param))
     model.flat_params = model.flat_params + np.random.default_rng(1).normal(0, 0.1, model.num_parameters())
     Checkpoint.save(tmp_path / "model.bin", model, tokenizer, step=7, best_val_loss=3.5, best_step=6)
     return tmp_path / "model.bin", model, tokenizer
@@ -232,10 +267,11 @@ def test_gguf_describes_the_model_and_its_tokenizer(tmp_path, trained):
     reader, _ = read_gguf(tmp_path / "out")
     field = {name: value.contents() for name, value in reader.fields.items()}
     c = model.config
-    assert field["general.architecture"] == "gpt2" and field["tokenizer.ggml.pre"] == "gpt-2"
-    assert [field[f"gpt2.{name}"] for name in ("context_length", "embedding_length", "block_count",
+    arch, norm = ("gpt2", "layer_norm_epsilon") if c.arch == "gpt2" else ("arcee", "layer_norm_rms_epsilon")
+    assert field["general.architecture"] == arch and field["tokenizer.ggml.pre"] == "gpt-2"
+    assert [field[f"{arch}.{name}"] for name in ("context_length", "embedding_length", "block_count",
             "feed_forward_length", "attention.head_count")] == [c.block_size, 32, 2, 128, 2]
-    assert field["gpt2.attention.layer_norm_epsilon"] == np.float32(1e-5)
+    assert field[f"{arch}.attention.{norm}"] == np.float32(1e-5)
     end = tokenizer.special_tokens["<|endoftext|>"]
     assert field["tokenizer.ggml.eos_token_id"] == end and field["tokenizer.ggml.token_type"][end] == gguf_file.CONTROL
     assert len(field["tokenizer.ggml.tokens"]) == c.vocab_size == tokenizer.vocab_size

@@ -64,8 +64,9 @@ def card(checkpoint: Checkpoint, name: str) -> str:
              "learning rate": train.get("learning_rate"), "seed": train.get("seed"),
              "validation loss": f"{checkpoint.best_val_loss:.4f} nats a token, at step {checkpoint.best_step:,}"}
     rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items() if value is not None)
-    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2, feste]\n---\n\n# {name}\n\n"
-            f"A GPT-2 style language model, trained from scratch with feste on a CPU.\n\n| | |\n|---|---|\n{rows}\n\n"
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{c.arch}, feste]\n---\n\n"
+            f"# {name}\n\n"
+            f"A small language model, trained from scratch with feste on a CPU.\n\n| | |\n|---|---|\n{rows}\n\n"
             "It continues text like that which it was trained on, and knows nothing else.\n")
 
 

@@ -1,7 +1,8 @@
 """GGUF, the file of llama.cpp and ollama: written through the `gguf` package, which defines it.
 
 llama.cpp keeps linear weights as [out, in], so ours are transposed; embeddings and the head are as they are. The head
-is always written, also when it is the token embedding.
+is always written, also when it is the token embedding. The modern family is its `arcee`, whose rotations pair channels
+that are neighbours: queries and keys are written in that order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from feste.config import Config
 from feste.errors import FesteError
+from feste.formats import hf_arcee, hf_gpt2
 from feste.formats.vocabulary import Parts, visible
 
 QUANTIZATIONS = ("f32", "f16", "q8_0")
@@ -50,14 +52,21 @@ def write(path: Path, name: str, config: Config, params: Mapping[str, np.ndarray
              "q8_0": gguf.GGMLQuantizationType.Q8_0}
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
              "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-    writer = gguf.GGUFWriter(path, "gpt2")
+    writer = gguf.GGUFWriter(path, "arcee" if config.architecture.rotary else "gpt2")
     writer.add_name(name)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_head_count(config.n_heads)
-    writer.add_layer_norm_eps(1e-5)
+    if config.architecture.rotary:
+        writer.add_head_count_kv(config.n_heads)
+        writer.add_layer_norm_rms_eps(hf_arcee.RMS_NORM_EPS)
+        writer.add_rope_dimension_count(config.head_size)
+        writer.add_rope_freq_base(hf_arcee.ROPE_THETA)
+        writer.add_vocab_size(config.vocab_size)
+    else:
+        writer.add_layer_norm_eps(hf_gpt2.LAYER_NORM_EPSILON)
     writer.add_file_type(files[quantization])
     _add_tokenizer(writer, tokenizer, config.vocab_size, end_of_text)
     for tensor_name, tensor in tensors(config, params):
@@ -73,13 +82,23 @@ def write(path: Path, name: str, config: Config, params: Mapping[str, np.ndarray
 def tensors(config: Config, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors by llama.cpp's names, linear weights as [out, in]."""
     for name, value in params.items():
+        layer, _, part = name.removeprefix("transformer.h.").partition(".")
         if name in TRUNK:
             yield TRUNK[name], value
+        elif part == "attn.c_attn.weight" and config.architecture.rotary:
+            q, k, v = np.split(value.T, 3)
+            for kind, tensor in (("q", _neighbours(config, q)), ("k", _neighbours(config, k)), ("v", v)):
+                yield f"blk.{layer}.attn_{kind}.weight", tensor
         else:
-            layer, _, part = name.removeprefix("transformer.h.").partition(".")
             yield f"blk.{layer}.{LAYER[part]}", value.T if value.ndim == 2 else value
     if config.tie_weights:
         yield "output.weight", params["transformer.wte.weight"]
+
+
+def _neighbours(config: Config, weight: np.ndarray) -> np.ndarray:
+    """A weight [out, in] of queries or keys with channels j and j + D / 2 of each head side by side."""
+    halves = weight.reshape(config.n_heads, 2, config.head_size // 2, config.n_embd)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _add_tokenizer(writer, tokenizer: Parts, vocab_size: int, end_of_text: int | None) -> None:

@@ -1,8 +1,6 @@
 """A model as a directory of Hugging Face's transformers: config.json and safetensors, in and out.
 
-feste's parameters have the names, shapes and layout of transformers' GPT-2, so a tensor goes over as it is. What
-differs is the configuration: every field of GPT2Config that changes what is computed is either one that feste has, or
-has the one value that feste computes, or is refused by name.
+How each family's configuration and tensors look there is in a module of its own: `hf_gpt2`, `hf_arcee`.
 """
 
 from __future__ import annotations
@@ -17,73 +15,16 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
 from feste.config import Config
-from feste.errors import FesteError
+from feste.formats import hf_arcee, hf_gpt2
+from feste.formats.fields import ModelError
 
 CONFIG, WEIGHTS, INDEX, PICKLE = ("config.json", "model.safetensors", "model.safetensors.index.json",
                                   "pytorch_model.bin")
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, CARD = ("tokenizer.json", "tokenizer_config.json",
                                                         "generation_config.json", "README.md")
-PREFIX = "transformer."
 HEAD = "lm_head.weight"
+LAYOUTS = {"gpt2": hf_gpt2, "modern": hf_arcee}  # by Config.arch
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
-LAYER_NORM_EPSILON = 1e-5
-GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
-# Fields that change what is computed, and the values for which it is what feste computes. None stands for a field that
-# is not there, whose default in GPT2Config is among them.
-COMPUTED = {
-    "model_type": ("gpt2",),
-    "activation_function": (None, *GELU_TANH),
-    "layer_norm_epsilon": (None, LAYER_NORM_EPSILON),
-    "scale_attn_weights": (None, True),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-    "reorder_and_upcast_attn": (None, False),  # the same function, but not to the bit; nobody ships it switched on
-    "add_cross_attention": (None, False),
-}
-
-
-class ModelError(FesteError):
-    """A directory that is no model feste can read or write: names it and the reason."""
-
-
-# ---- the configuration -------------------------------------------------------------------------------------
-
-
-def config_from(values: Mapping, source: str, tied: bool) -> Config:
-    """feste's configuration of a config.json."""
-    for name, allowed in COMPUTED.items():
-        if values.get(name) not in allowed:
-            known = " or ".join(repr(value) for value in allowed if value is not None)
-            raise ModelError(f"{source}: {name} is {values.get(name)!r}; feste computes {known}")
-    inner, width = values.get("n_inner"), _integer(values, "n_embd", source)
-    if inner not in (None, 4 * width):
-        raise ModelError(f"{source}: n_inner is {inner!r}; feste computes 4 x n_embd, {4 * width}")
-    rates = {name: values.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    if len(set(rates.values())) > 1:
-        raise ModelError(f"{source}: {', '.join(f'{n} is {v}' for n, v in rates.items())}; feste has one rate for all")
-    return Config(vocab_size=_integer(values, "vocab_size", source), n_embd=width,
-                  n_layers=_integer(values, "n_layer", source), n_heads=_integer(values, "n_head", source),
-                  block_size=_integer(values, "n_positions", source), dropout=float(rates["embd_pdrop"]),
-                  tie_weights=tied)
-
-
-def config_to(config: Config, end_of_text: int | None) -> dict:
-    """The config.json of a configuration."""
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
-            "n_embd": config.n_embd, "n_layer": config.n_layers, "n_head": config.n_heads,
-            "n_positions": config.block_size, "n_ctx": config.block_size, "n_inner": None,
-            "activation_function": "gelu_new", "layer_norm_epsilon": LAYER_NORM_EPSILON, "initializer_range": 0.02,
-            "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
-            "scale_attn_weights": True, "use_cache": True, "tie_word_embeddings": config.tie_weights,
-            "bos_token_id": end_of_text, "eos_token_id": end_of_text, "torch_dtype": "float32"}
-
-
-def _integer(values: Mapping, name: str, source: str) -> int:
-    value = values.get(name)
-    if type(value) is not int or value < 1:
-        raise ModelError(f"{source}: {name} is {value!r}, and should be a positive whole number")
-    return value
-
-
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
@@ -96,23 +37,29 @@ def read_config(directory: str | os.PathLike) -> tuple[Config, list[Path]]:
     """The configuration of a directory, and the files of its tensors. ModelError if feste cannot compute it."""
     directory = Path(directory)
     values = _read_json(directory / CONFIG)
+    layout = next((layout for layout in LAYOUTS.values() if layout.MODEL_TYPE == values.get("model_type")), None)
+    if layout is None:
+        known = " or ".join(repr(layout.MODEL_TYPE) for layout in LAYOUTS.values())
+        raise ModelError(f"{directory / CONFIG}: model_type is {values.get('model_type')!r}; feste computes {known}")
     files = _weight_files(directory)
-    names = {_our_name(name) for file in files for name in _names(file)}
-    tied = HEAD not in names or values.get("tie_word_embeddings", True) is True
-    return config_from(values, str(directory / CONFIG), tied), files
+    headless = HEAD not in {name for file in files for name in _names(file)}
+    tied = headless or values.get("tie_word_embeddings", layout.TIED_BY_DEFAULT) is True
+    return layout.config_from(values, str(directory / CONFIG), tied), files
 
 
-def read_tensors(files: list[Path], into: Mapping[str, np.ndarray]) -> None:
-    """Fill arrays by feste's names from the files of a model. ModelError for tensors that lack, are too many, or have
+def read_tensors(files: list[Path], config: Config, params: Mapping[str, np.ndarray]) -> None:
+    """Fill a model's parameters from the files of a model. ModelError for tensors that lack, are too many, or have
     another shape."""
+    layout = LAYOUTS[config.arch]
+    into = layout.views(config, params)
     missing = set(into)
     for file in files:
         for name, tensor in _tensors(file):
-            ours = _our_name(name)
-            if _is_buffer(ours) or (ours == HEAD and HEAD not in into):
+            ours = name if name.startswith((layout.PREFIX, HEAD)) else layout.PREFIX + name  # some leave it out
+            if layout.is_buffer(ours) or (ours == HEAD and HEAD not in into):
                 continue  # a mask; or the token embedding once more
             if ours not in missing:
-                raise ModelError(f"{file} has a tensor {name!r} that a GPT-2 of this configuration lacks")
+                raise ModelError(f"{file} has a tensor {name!r} that a model of this configuration lacks")
             if into[ours].shape != tensor.shape:
                 raise ModelError(f"{file}: {name} has the shape {tensor.shape}, and should have {into[ours].shape}")
             into[ours][...] = tensor
@@ -137,16 +84,6 @@ def _weight_files(directory: Path) -> list[Path]:
         raise ModelError(f"{directory} has its weights in {PICKLE}, a pickle, which may run any code when it is read; "
                          "convert it to safetensors: load it with transformers and call save_pretrained")
     raise ModelError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-
-
-def _our_name(name: str) -> str:
-    """Some files leave out the prefix of the trunk."""
-    return name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
-
-
-def _is_buffer(name: str) -> bool:
-    """The causal mask, which older files hold in every layer."""
-    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _names(file: Path) -> list[str]:
@@ -197,15 +134,16 @@ def _read_json(file: Path) -> dict:
 def write(directory: Path, config: Config, params: Mapping[str, np.ndarray], tokenizer_json: str,
           end_of_text: int | None, end_of_text_token: str | None, card: str) -> None:
     """A directory that AutoModelForCausalLM.from_pretrained and AutoTokenizer take as it is."""
-    save_file({name: np.ascontiguousarray(value) for name, value in params.items()}, directory / WEIGHTS,
-              metadata={"format": "pt"})
+    layout = LAYOUTS[config.arch]
+    save_file({name: np.ascontiguousarray(value) for name, value in layout.views(config, params).items()},
+              directory / WEIGHTS, metadata={"format": "pt"})
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False, "add_prefix_space": False, "bos_token": end_of_text_token,
         "eos_token": end_of_text_token, "unk_token": end_of_text_token}
     generation_config = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "do_sample": True,
                          "temperature": 0.8}
-    texts = {CONFIG: json.dumps(config_to(config, end_of_text), indent=2), TOKENIZER: tokenizer_json,
+    texts = {CONFIG: json.dumps(layout.config_to(config, end_of_text), indent=2), TOKENIZER: tokenizer_json,
              TOKENIZER_CONFIG: json.dumps(tokenizer_config, indent=2),
              GENERATION_CONFIG: json.dumps(generation_config, indent=2), CARD: card}
     for name, text in texts.items():
