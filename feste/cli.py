@@ -7,7 +7,6 @@ errors name fields and arguments; what the flags for them are called is known he
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shlex
 import shutil
@@ -28,11 +27,11 @@ except ImportError as error:  # the kernels are not compiled, or not for this CP
     sys.exit(2)
 from feste import plan
 from feste.arguments import Parser
-from feste.config import ARCHITECTURES, FINETUNE, IGNORED, PRESETS, Config, Preset, TrainConfig
+from feste.config import ARCHITECTURES, FINETUNE, PRESETS, Config, Preset, TrainConfig
 from feste.config import CHOICES as TRAIN_CHOICES
 from feste.corpus import Source
 from feste.errors import FesteError
-from feste.evaluation import mean_loss, perplexity
+from feste.evaluation import bytes_per_token, in_bits_per_byte, mean_loss, perplexity
 from feste.events import MODULES, Listeners, require_loggers
 from feste.formats import huggingface
 from feste.machine import useful_threads
@@ -373,11 +372,12 @@ def announce(the_plan: Plan) -> None:
 
 
 def disk_bytes(the_plan: Plan) -> int:
-    """The checkpoints that are kept at once (periodic, best, final and the one being written), and the log."""
+    """The checkpoints that are kept at once (periodic, named and the one being written), and the log."""
     config = the_plan.config
     one = 12 * the_plan.model.num_parameters() + len(the_plan.tokenizer.to_json())
     periodic = min(config.keep_last, config.num_steps // config.checkpoint_interval)
-    return one * (periodic + 3) + 200 * config.num_steps
+    named = 4 if config.schedule == "wsd" else 3
+    return one * (periodic + named) + 200 * config.num_steps
 
 
 def _refuse_full_disk(the_plan: Plan) -> None:
@@ -461,10 +461,9 @@ def _held_out(the_plan: Plan) -> str:
     """The loss over the held-out part, in a line that says of how much of it."""
     batches, of = the_plan.data.scored(the_plan.config, HELD_OUT_TOKENS)
     batches = list(batches)
-    loss = mean_loss(the_plan.model, batches)
-    counted = np.concatenate([targets[targets != IGNORED] for _, targets in batches])
-    bits = loss / math.log(2.0) * len(counted) / max(1, len(the_plan.tokenizer.decode_bytes(counted.tolist())))
-    return f"loss over {of}: {loss:.4f} nats (perplexity {perplexity(loss):.2f}), {bits:.3f} bits per byte"
+    loss, size = mean_loss(the_plan.model, batches), bytes_per_token(batches, the_plan.tokenizer)
+    bits = f", {in_bits_per_byte(loss, size):.3f} bits per byte" if size else ""
+    return f"loss over {of}: {loss:.4f} nats (perplexity {perplexity(loss):.2f}){bits}"
 
 
 def show_samples(the_plan: Plan) -> None:

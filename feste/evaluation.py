@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from feste.config import IGNORED
 from feste.data import count_targets, scored_starts, whole_starts, window_batches, windows
 
 if TYPE_CHECKING:
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 def perplexity(loss: float) -> float:
     """exp(loss) of a loss in nats, or infinity where that is too large for a float."""
     return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def in_bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte, for tokens of so many UTF-8 bytes each, on average."""
+    return loss / math.log(2.0) / bytes_per_token
+
+
+def bytes_per_token(batches: Iterable[tuple[np.ndarray, np.ndarray]], tokenizer: BPETokenizer) -> float | None:
+    """UTF-8 bytes of a target that counts, on average over mini-batches; None if they have none."""
+    counted = [targets[targets != IGNORED] for _, targets in batches]
+    tokens = sum(map(len, counted))
+    size = sum(len(tokenizer.decode_bytes(targets.tolist())) for targets in counted)
+    return size / tokens if size else None
 
 
 def mean_loss(model: GPT2, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:

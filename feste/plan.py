@@ -18,11 +18,12 @@ from feste.config import Config, TrainConfig
 from feste.data import Text
 from feste.errors import FesteError
 from feste.model import GPT2
-from feste.optim import AdamW
+from feste.optim import AdamW, decay_begin, learning_rate_at, warmup_steps
 from feste.pairs import Pairs
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint, require_free, require_new
 from feste.run.follow import read_info
+from feste.run.names import STABLE
 from feste.tokenizer import BPETokenizer
 
 # What a resumed run may change. Everything else would make it another run.
@@ -122,11 +123,13 @@ def resumed(checkpoint: Checkpoint, text: str | np.ndarray | Text | Pairs, confi
             run_dir: Path | None = None, info: dict | None = None) -> Plan:
     """The run of a checkpoint from its next step on, to the bit. run_dir: the directory of that run, or a new one.
 
-    config is that of the run, changed in CHANGEABLE at most. Extending the run changes num_steps, which stretches the
-    schedule; `notes` says so.
+    config is that of the run, changed in CHANGEABLE at most. Extending the run changes num_steps, and with it the
+    schedule; `notes` says what becomes of the learning rate. With schedule wsd the warm-up stays as long as it was.
     """
     saved = require_resumable(checkpoint)
     require_same_run(saved, checkpoint.model.config, config.to_dict(), {})
+    if config.schedule == "wsd":
+        config = replace(config, warmup_steps=warmup_steps(saved))
     data = data_of(checkpoint.model.config, checkpoint.tokenizer, text)
     plan = Plan(checkpoint.model, checkpoint.tokenizer, checkpoint.optimizer, data, config, run_dir,
                 RunState.of(checkpoint), checkpoint.path and checkpoint.path.parent, info or {},
@@ -197,8 +200,15 @@ def _require_steps_left(checkpoint: Checkpoint, config: TrainConfig) -> None:
 def _what_changes(saved: TrainConfig, config: TrainConfig, step: int) -> list[str]:
     notes = []
     if config.num_steps != saved.num_steps:
-        notes.append(f"steps {saved.num_steps} -> {config.num_steps}: the schedule is stretched, so the learning rate "
-                     "goes on at the new schedule's value for this step, not where the old one ended")
+        if all(learning_rate_at(past, config) == learning_rate_at(past, saved) for past in range(1, step + 1)):
+            what = "the learning rate was the same so far, so the run goes on as if it had been planned so"
+        elif config.schedule == "wsd":
+            what = (f"the learning rate has been falling since step {decay_begin(saved)} and rises to its peak again; to "
+                    f"go on as if it had been planned so, resume {STABLE}")
+        else:
+            what = ("the schedule is stretched, so the learning rate goes on at the new schedule's value for this step, "
+                    "not where the old one ended")
+        notes.append(f"steps {saved.num_steps} -> {config.num_steps}: {what}")
     if config.learning_rate != saved.learning_rate:
         notes.append(f"learning rate {saved.learning_rate:g} -> {config.learning_rate:g} from step {step + 1} on")
     return notes

@@ -48,7 +48,7 @@ class Progress:
     """Called with the record of every step. A pipe or terminal that is closed ends the display and not the run."""
 
     def __init__(self, config: TrainConfig, start: int = 0) -> None:
-        self._val_loss, self._shown = None, 0.0
+        self._validation, self._shown = "", 0.0
         self._console, self._bar = Console(), None
         if draws_a_bar():
             self._bar = RichProgress(
@@ -73,13 +73,14 @@ class Progress:
             self._show(record)
 
     def _show(self, record: dict) -> None:
-        self._val_loss = record.get("val_loss", self._val_loss)
+        if "val_loss" in record:
+            bits = record.get("val_bits_per_byte")
+            self._validation = f"  val {record['val_loss']:.4f}" + (f" ({bits:.3f} bits/byte)" if bits else "")
         now, interval = time.monotonic(), REFRESH_SECONDS if self._bar else LINE_SECONDS
         if now - self._shown < interval and not record.keys() & {"val_loss", "sample"}:
             return
         self._shown = now
-        validation = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
-        text = f"loss {record['train_loss']:.4f}{validation}  {record['tokens_per_second']:,.0f} tok/s"
+        text = f"loss {record['train_loss']:.4f}{self._validation}  {record['tokens_per_second']:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], loss=text, refresh=True)
         else:

@@ -25,9 +25,9 @@ from feste import ops, plan
 from feste.config import TrainConfig
 from feste.data import count_targets
 from feste.errors import FesteError
-from feste.evaluation import mean_loss, perplexity
+from feste.evaluation import bytes_per_token, in_bits_per_byte, mean_loss, perplexity
 from feste.model import GPT2
-from feste.optim import AdamW, learning_rate_at
+from feste.optim import AdamW, decay_begin, learning_rate_at
 from feste.pairs import Pairs
 from feste.plan import Plan
 from feste.run.checkpoint import Checkpoint
@@ -157,8 +157,8 @@ def _sample(run: Run, step: int) -> str:
 class Run:
     """A plan under way: what a loop needs for a step, and what is kept of it. A context that ends with the run.
 
-    batches: the mini-batches of every step; validation(): those that are held out. prompt: ids of the text that samples
-    continue. state: where the run stands.
+    batches: the mini-batches of every step; validation(): those that are held out, whose tokens have bytes_per_token.
+    prompt: ids of the text that samples continue. state: where the run stands.
     """
 
     def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> None:
@@ -168,6 +168,7 @@ class Run:
         self.tokens_per_step = the_plan.data.tokens_per_step(self.config)
         self.validation = partial(the_plan.data.validation, self.config)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
+        self.bytes_per_token = bytes_per_token(self.validation(), self.tokenizer)
         self.stop, self.ending = _StopSignals(), "finished"
         self._elapsed_before, self._started = self.state.elapsed_seconds, time.perf_counter()
         self._step_begun = self._started
@@ -192,7 +193,8 @@ class Run:
         return {"model": self.model.config.to_dict(), "train": self.config.to_dict(),
                 "parameters": self.model.num_parameters(), "tokens": len(self.plan.data),
                 "tokens_per_step": self.tokens_per_step, "planned_steps": self.config.num_steps,
-                "corpus_sha256": self.plan.corpus_sha256, "feste": __version__, "isa": ops.isa,
+                "corpus_sha256": self.plan.corpus_sha256, "val_bytes_per_token": self.bytes_per_token,
+                "feste": __version__, "isa": ops.isa,
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,
                 "skipped_steps": self.state.skipped}
 
@@ -233,7 +235,8 @@ class Run:
             self._directory.save_if_due(state.step, self.for_checkpoint(),
                                         improved=validated and state.best_step == state.step,
                                         over=last or self.ending == "early_stopped",
-                                        interrupted=self.ending == "interrupted")
+                                        interrupted=self.ending == "interrupted",
+                                        stable=self.config.schedule == "wsd" and state.step == decay_begin(self.config))
         if self.on_step is not None:  # after the save: a display whose terminal is gone must not prevent it
             self.on_step(record)
 
@@ -259,6 +262,8 @@ class Run:
         if not math.isfinite(loss):
             raise TrainingDiverged(f"step {state.step}: the validation loss is {loss}; {ADVICE}")
         record["val_perplexity"], state.val_loss = perplexity(loss), loss
+        if self.bytes_per_token is not None:
+            record["val_bits_per_byte"] = in_bits_per_byte(loss, self.bytes_per_token)
         if loss < state.best_val_loss:
             state.best_val_loss, state.best_step = loss, state.step
 

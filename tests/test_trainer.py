@@ -199,7 +199,7 @@ def test_an_optimizer_of_another_model_is_refused():
     ({"text": np.zeros((3, 3), int)}, "1-D array of integer token ids"),
     ({"num_steps": 0}, "num_steps must be a positive integer, got 0"),
     ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
-    ({"on_nan": "ignore"}, "on_nan must be 'stop' or 'skip'"),
+    ({"on_nan": "ignore"}, "on_nan must be one of stop, skip"),
     ({"val_fraction": 1.0}, "val_fraction"),
     ({"sample_prompt": ""}, "sample_prompt must not be empty"),
 ])

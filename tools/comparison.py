@@ -109,6 +109,7 @@ def rows(runs: list[Run], scores: list[float] | None = None) -> list[tuple[str, 
         ("tokens per second", [text.count(s.tokens_per_second) for s in found]),
         ("last train loss", [text.number(s.train_loss) for s in found]),
         ("best validation loss", _starred([s.best_val_loss for s in found], comparable)),
+        ("  in bits per byte", [text.number(s.best_bits_per_byte, ".3f") for s in found]),
         ("  its perplexity", [text.perplexity(s.best_val_perplexity) for s in found]),
         ("  its step", [text.count(s.best_step) for s in found]),
     ]

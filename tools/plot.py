@@ -128,6 +128,17 @@ def draw_panel(axes, title: str, runs: list[Run], names: list[str], x_axis: str)
     if title == "loss, nats per token":
         _leave_out_outliers(axes, runs)
         _explain_losses(axes, runs)
+        _add_bits_per_byte(axes, runs)
+
+
+def _add_bits_per_byte(axes, runs: list[Run]) -> None:
+    """The losses in bits per byte on the right, where all runs have tokens of the same length."""
+    found = {run.bits_per_byte(1.0) for run in runs}
+    factor = found.pop() if len(found) == 1 else None
+    if factor is not None:
+        right = axes.secondary_yaxis("right", functions=(lambda nats: nats * factor, lambda bits: bits / factor))
+        right.set_ylabel("bits per byte", fontsize=8)
+        right.tick_params(labelsize=8)
 
 
 def _plain_log_ticks(axes) -> None:
@@ -174,7 +185,9 @@ def legend_names(runs: list[Run]) -> list[str]:
     names = []
     for run, label in zip(runs, labels(runs), strict=True):
         best = run.best()
-        text = f"{label}  (best {best[0]:.3f} at step {best[1]:,})" if best else label
+        bits = run.bits_per_byte(best[0]) if best else None
+        said = f", {bits:.3f} bits per byte" if bits else ""
+        text = f"{label}  (best {best[0]:.3f}{said} at step {best[1]:,})" if best else label
         names.append((" " + text if text.startswith("_") else text).replace("$", r"\$"))
     return names
 

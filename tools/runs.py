@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from feste.errors import FesteError
-from feste.evaluation import perplexity
+from feste.evaluation import in_bits_per_byte, perplexity
 from feste.run.follow import RunReader, read_info
 from feste.run.names import BEST, END_STATES, FINAL, INFO, LOG, is_run, periodic
 from feste.terminal import clean_line
@@ -55,6 +55,10 @@ class Run:
         """The fields of the model and of the training, which have different names."""
         parts = (self.info.get("model"), self.info.get("train"))
         return {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A validation loss of the run as bits per byte, if its run.json tells how long the tokens are."""
+        return _bits_per_byte(self.info, loss)
 
     def best(self) -> tuple[float, int] | None:
         """The least validation loss and its step."""
@@ -155,6 +159,8 @@ class Summary:
     best_val_loss: float | None = None
     best_val_perplexity: float | None = None
     best_step: int | None = None
+    val_bits_per_byte: float | None = None
+    best_bits_per_byte: float | None = None
     lowest_train_loss: float | None = None
     vocabulary_size: int | None = None
     parameters: int | None = None
@@ -199,7 +205,8 @@ def summarise(name: str, key: str, reader: RunReader, columns: dict[str, np.ndar
         pace if moving or state in END_STATES else None, _median(columns["tokens_per_second"][-RECENT_ROWS:]),
         _last_finite(columns["learning_rate"]), _last(columns["grad_norm"]),
         train, _perplexity(train), val, _perplexity(val), best, _perplexity(best),
-        None if best_at is None else int(columns["step"][best_at]), _lowest(columns["train_loss"])[0],
+        None if best_at is None else int(columns["step"][best_at]),
+        _bits_per_byte(info, val), _bits_per_byte(info, best), _lowest(columns["train_loss"])[0],
         _integer(model.get("vocab_size")), _integer(info.get("parameters")),
         _integer(info.get("tokens_per_step")), samples,
         tuple(map(clean_line, [*reader.problems, *_alerts(columns)])))
@@ -272,6 +279,13 @@ def _seconds_left(columns: dict[str, np.ndarray], step: int | None, planned: int
         return None
     left = (planned - step) * (elapsed[-1] - elapsed[0]) / (steps[-1] - steps[0])
     return float(left) if math.isfinite(left) and left >= 0 else None
+
+
+def _bits_per_byte(info: dict, loss: float | None) -> float | None:
+    """A validation loss as bits per byte, where run.json tells how long the tokens are."""
+    size = info.get("val_bytes_per_token")
+    known = isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < 1e6
+    return in_bits_per_byte(loss, size) if known and loss is not None and math.isfinite(loss) else None
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -37,7 +37,7 @@ def read_config(directory: str | os.PathLike) -> tuple[Config, list[Path]]:
     """The configuration of a directory, and the files of its tensors. ModelError if feste cannot compute it."""
     directory = Path(directory)
     values = _read_json(directory / CONFIG)
-    layout = next((layout for layout in LAYOUTS.values() if layout.MODEL_TYPE == values.get("model_type")), None)
+    layout = next((layout for layout in LAYOUTS.values() if values.get("model_type") == layout.MODEL_TYPE), None)
     if layout is None:
         known = " or ".join(repr(layout.MODEL_TYPE) for layout in LAYOUTS.values())
         raise ModelError(f"{directory / CONFIG}: model_type is {values.get('model_type')!r}; feste computes {known}")

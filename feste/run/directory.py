@@ -19,7 +19,7 @@ from feste.model import GPT2
 from feste.optim import AdamW
 from feste.run.checkpoint import CheckpointError, Snapshot, cannot_write, step_of, verify, write
 from feste.run.log import RunDirectoryError, RunLog, copy_rows, failure
-from feste.run.names import BEST, FINAL, LOCK, LOG, SET_ASIDE, TOKENIZER, periodic, periodic_name
+from feste.run.names import BEST, FINAL, LOCK, LOG, SET_ASIDE, STABLE, TOKENIZER, periodic, periodic_name
 from feste.tokenizer import BPETokenizer
 
 # ---- which directory, which file ---------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def find_checkpoint(path: str | os.PathLike, prefer: str = "latest") -> tuple[Pa
         return path, []
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a checkpoint nor a run directory")
-    ordered = [path / FINAL, *(p for _, p in reversed(periodic(path))), path / BEST]
+    ordered = [path / FINAL, *(p for _, p in reversed(periodic(path))), path / STABLE, path / BEST]
     candidates = [p for p in ([ordered[-1], *ordered[:-1]] if prefer == "best" else ordered) if p.exists()]
     whole, passed_over = [], []
     for candidate in candidates:
@@ -155,16 +155,20 @@ class RunDirectory:
         if self._steps == 1:  # the step has taken the memory that training needs; what is left may serve saving
             self.writer.reserve(self.model, self.optimizer)
 
-    def save_if_due(self, step: int, state: dict, *, improved: bool, over: bool, interrupted: bool) -> None:
+    def save_if_due(self, step: int, state: dict, *, improved: bool, over: bool, interrupted: bool,
+                    stable: bool) -> None:
         """Write the checkpoints of this step. Every name that is due stands for one and the same file.
 
         state: what `Snapshot` takes beside model, tokenizer and optimizer. over: it is the last step of the run.
+        stable: it is the last one before the learning rate falls.
         """
         names = []
         if step % self.config.checkpoint_interval == 0 or interrupted:
             names.append(periodic_name(step))
         if over:
             names.append(FINAL)
+        if stable:
+            names.append(STABLE)
         if improved:
             names.append(BEST)
         if not names:
@@ -268,7 +272,7 @@ def write_as(paths: list[Path], snapshot: Snapshot) -> None:
 
 
 def retain(directory: Path, keep_last: int) -> None:
-    """Delete periodic checkpoints but the last few; best and final stay."""
+    """Delete periodic checkpoints but the last few; those with other names stay."""
     for _, path in periodic(directory)[:-keep_last]:
         try:
             with suppress(FileNotFoundError):
@@ -285,7 +289,7 @@ def set_aside_later(directory: Path, step: int) -> list[Path]:
     push a new one out of the last few. Nothing is deleted.
     """
     moved = []
-    for path in [directory / FINAL, directory / BEST, *(path for _, path in periodic(directory))]:
+    for path in [*(directory / name for name in (FINAL, BEST, STABLE)), *(path for _, path in periodic(directory))]:
         if path.exists() and step_of(path) > step:
             names = (path.with_name(f"{path.name}{SET_ASIDE}{n or ''}") for n in itertools.count())
             moved.append(next(name for name in names if not name.exists()))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 LOG, INFO, LOCK, TOKENIZER = "training_log.csv", "run.json", ".lock", "tokenizer.json"
 BEST, FINAL = "checkpoint_best.bin", "checkpoint_final.bin"
+STABLE = "checkpoint_stable.bin"  # of the last step at the peak rate, from which a run is prolonged; schedule wsd
 SET_ASIDE = ".superseded"  # suffix of a checkpoint that the run no longer goes through
 
 COLUMNS = ("step", "timestamp", "elapsed_seconds", "learning_rate", "train_loss", "val_loss", "train_perplexity",

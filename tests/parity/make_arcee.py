@@ -18,8 +18,8 @@ STEPS, RATE, BETAS, EPS, DECAY, CLIP = 20, 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0
 def main() -> None:
     torch.manual_seed(6)
     config = ArceeConfig(vocab_size=61, hidden_size=24, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=3, num_key_value_heads=3, head_dim=8, max_position_embeddings=20, rms_norm_eps=1e-5,
-                         bos_token_id=0, eos_token_id=0)
+                         num_attention_heads=3, num_key_value_heads=3, head_dim=8, max_position_embeddings=20,
+                         rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0)
     model = ArceeForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -33,13 +33,17 @@ def state(s: Summary) -> str:
 
 
 def losses(s: Summary) -> str:
-    """Current and best losses with their perplexities, in one line."""
+    """Current and best losses with their perplexities and bits per byte, in one line."""
     parts = [f"train {text.number(s.train_loss)} ppl {text.perplexity(s.train_perplexity)}",
-             f"val {text.number(s.val_loss)} ppl {text.perplexity(s.val_perplexity)}"]
+             f"val {text.number(s.val_loss)} ppl {text.perplexity(s.val_perplexity)}{_bits(s.val_bits_per_byte)}"]
     if s.best_val_loss is not None:
-        parts.append(f"best {text.number(s.best_val_loss)} ppl {text.perplexity(s.best_val_perplexity)} "
-                     f"at {text.count(s.best_step)}")
+        parts.append(f"best {text.number(s.best_val_loss)} ppl {text.perplexity(s.best_val_perplexity)}"
+                     f"{_bits(s.best_bits_per_byte)} at {text.count(s.best_step)}")
     return "  ".join(parts)
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None else f" bpb {value:.3f}"
 
 
 def pace(s: Summary) -> str:
