@@ -53,6 +53,7 @@ TEMPERATURES = (0.5, 0.8, 1.0)
 SAMPLE_TOKENS = 80
 HELD_OUT_TOKENS = 1_000_000  # of the held-out part that are scored at the end of a run
 TIMED_STEPS = 3
+MANY_PASSES = 8
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
          "data": "name a text file with --data FILE",
@@ -367,8 +368,20 @@ def announce(the_plan: Plan) -> None:
     limit = f"at most {chars:,} characters of " if chars else ""
     print(f"data: {limit}{the_plan.info['source']}: {the_plan.data.describe(t)}")
     where = f"continues at step {the_plan.state.step + 1} in" if the_plan.resumed else "goes to"
-    print(f"run: {t.num_steps:,} steps; {where} {the_plan.run_dir}, which takes up to "
-          f"{disk_bytes(the_plan) / 1e6:,.0f} MB of disk", flush=True)
+    passes = the_plan.data.passes(t)
+    print(f"run: {t.num_steps:,} steps, which read the training part {passes:.3g} times; {where} {the_plan.run_dir}, which "
+          f"takes up to {disk_bytes(the_plan) / 1e6:,.0f} MB of disk")
+    if advice := repetition_advice(the_plan, passes):
+        print(f"note: {advice}")
+    sys.stdout.flush()
+
+
+def repetition_advice(the_plan: Plan, passes: float) -> str | None:
+    """What many passes over a text suggest: docs/LEARNING.md has the figures. None where the run does it already."""
+    if passes < MANY_PASSES or the_plan.model.config.dropout > 0.0 or isinstance(the_plan.data, Pairs):
+        return None
+    return (f"a text that is read {passes:.0f} times is learned by heart: --dropout 0.1 often ends lower, more text always "
+            "does; the best checkpoint is kept")
 
 
 def disk_bytes(the_plan: Plan) -> int:

@@ -56,6 +56,10 @@ class Text:
         require_window(held_out, config.seq_len, f"the held-out part ({config.val_fraction:.0%} of the text)")
         require_window(train, config.seq_len, "the training text")
 
+    def passes(self, config: TrainConfig) -> float:
+        """How many times a run reads the training part."""
+        return config.num_steps * config.tokens_per_step / len(self.split(config)[0])
+
     def describe(self, config: TrainConfig) -> str:
         """How many tokens there are, and what a step takes of them."""
         n, held_out = len(self), len(self.split(config)[1])

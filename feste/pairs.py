@@ -173,13 +173,15 @@ class Pairs:
                              f"seq_len + 1 = {config.seq_len + 1:,}; {too_long:,} are too long. Shorten them, or leave "
                              "them out", "data", "seq_len")
 
+    def passes(self, config: TrainConfig) -> float:
+        """How many times a run sees the examples that are to learn from."""
+        return config.num_steps * config.batch_size * config.accumulation / len(self.split(config)[0])
+
     def describe(self, config: TrainConfig) -> str:
-        """How many there are, and how often a run sees them."""
-        learnt, held_out = self.split(config)
-        passes = config.num_steps * config.batch_size * config.accumulation / len(learnt)
+        """How many there are, and how many a step takes."""
+        held_out = self.split(config)[1]
         return (f"{len(self.lines):,} examples of {len(self):,} tokens, {self.counted.sum():,} of them in answers; the "
-                f"last {len(held_out):,} held out; {config.batch_size} x {config.accumulation} a step, so "
-                f"{passes:.1f} passes")
+                f"last {len(held_out):,} held out; {config.batch_size} x {config.accumulation} a step")
 
     def tokens_per_step(self, config: TrainConfig) -> int:
         """On average, without padding."""

@@ -200,14 +200,15 @@ def _require_steps_left(checkpoint: Checkpoint, config: TrainConfig) -> None:
 def _what_changes(saved: TrainConfig, config: TrainConfig, step: int) -> list[str]:
     notes = []
     if config.num_steps != saved.num_steps:
-        if all(learning_rate_at(past, config) == learning_rate_at(past, saved) for past in range(1, step + 1)):
+        past = range(1, step + 1)
+        if all(learning_rate_at(i, config) == learning_rate_at(i, saved) for i in past):
             what = "the learning rate was the same so far, so the run goes on as if it had been planned so"
         elif config.schedule == "wsd":
-            what = (f"the learning rate has been falling since step {decay_begin(saved)} and rises to its peak again; to "
-                    f"go on as if it had been planned so, resume {STABLE}")
+            what = (f"the learning rate has been falling since step {decay_begin(saved)} and rises again; to go on as "
+                    f"if it had been planned so, resume {STABLE}")
         else:
-            what = ("the schedule is stretched, so the learning rate goes on at the new schedule's value for this step, "
-                    "not where the old one ended")
+            what = ("the schedule is stretched, so the learning rate goes on at the new schedule's value for this "
+                    "step, not where the old one ended")
         notes.append(f"steps {saved.num_steps} -> {config.num_steps}: {what}")
     if config.learning_rate != saved.learning_rate:
         notes.append(f"learning rate {saved.learning_rate:g} -> {config.learning_rate:g} from step {step + 1} on")

@@ -28,7 +28,7 @@ GELU_SCALE = np.sqrt(2.0 / np.pi)  # the tanh form of GELU: Hendrycks and Gimpel
 GELU_CUBIC = 0.044715
 LAYERNORM_EPS = 1e-5
 RMSNORM_EPS = 1e-5
-MUON_DAMPING, MUON_LEAST = 1e-3, 2.0**-126  # of a mean row's square, and where there is no gradient at all
+MUON_POLES = ((0.04471, 0.0004537), (0.99472, 0.2245848))  # (w, p): the least largest error of s from 1e-4 to 1
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------
@@ -426,8 +426,8 @@ def muon_update(param, m, grad, matrices, learning_rate, momentum, weight_decay,
     """One Muon update, in place, of the matrices in param (n), with their momentum in m (n). Jordan et al. 2024.
 
     matrices (count, 4): where each begins, its rows K and columns N, and the length of a row of the array that it is a
-    part of. X is the momentum with the gradient once more (Nesterov), with its shorter side first; L^-1 X, where
-    L L^T = X X^T + damping, has rows at right angles to each other, and that is the update.
+    part of. X is the momentum with the gradient once more (Nesterov), with its shorter side first and of norm one; the
+    update is (X X^T)^-1/2 X, nearly orthogonal, where s^-1/2 is taken to be the sum of w / (s + p) over MUON_POLES.
     """
     for offset, K, N, ld in matrices.reshape(count, 4):
         places = offset + np.arange(K)[:, None] * ld + np.arange(N)
@@ -435,9 +435,9 @@ def muon_update(param, m, grad, matrices, learning_rate, momentum, weight_decay,
         m[places] = momentum * m[places] + g
         u = momentum * m[places] + g
         x = u.T if N <= K else u
-        gram = x @ x.T
-        gram += (MUON_DAMPING * np.trace(gram) / len(gram) + MUON_LEAST) * np.eye(len(gram))
-        x = np.linalg.solve(np.linalg.cholesky(gram), x)
+        x = x / (np.linalg.norm(x) or 1.0)
+        gram, one = x @ x.T, np.eye(len(x))
+        x = sum(w * np.linalg.inv(gram + p * one) for w, p in MUON_POLES) @ x
         update = (x.T if N <= K else x) * max(1.0, N / K) ** 0.5
         decaying = _decaying(param[places], update, cautious)
         param[places] -= learning_rate * (weight_decay * decaying + update)

@@ -369,15 +369,15 @@ def muon_cases() -> Iterator[Case]:
         matrices = np.array([[7 + part * N, K, N, parts * N] for part in range(parts)], np.int32)
 
         def bounds(args, results):
-            """Cholesky and the solve lose the condition of L in accuracy: Higham 2002, theorems 10.3 and 8.5."""
+            """An inverse by Cholesky loses the condition in accuracy: Higham 2002, theorems 10.3 and 14.1."""
             worst = np.zeros(args["n"])
             for offset, K, N, ld in args["matrices"]:
                 places = offset + np.arange(K)[:, None] * ld + np.arange(N)
                 u = args["grad"][places] * args["grad_scale"] + results["m"][places]
                 x = u.T if N <= K else u
-                gram = x @ x.T
-                gram += 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
-                loss = SAFETY * np.sqrt(len(gram) + max(K, N)) * U * np.linalg.cond(gram)
+                gram = x @ x.T / np.linalg.norm(x)**2
+                condition = np.linalg.cond(gram + reference.MUON_POLES[0][1] * np.eye(len(gram)))
+                loss = SAFETY * np.sqrt(len(gram) + max(K, N)) * U * condition
                 worst[places] = args["learning_rate"] * max(1, N / K) ** 0.5 * loss
             size = np.abs(args["m"]) + np.abs(args["grad"])
             return {"param": worst + 4 * U * np.abs(args["param"]), "m": 8 * U * size, "grad": 0.0}
