@@ -369,8 +369,8 @@ def announce(the_plan: Plan) -> None:
     print(f"data: {limit}{the_plan.info['source']}: {the_plan.data.describe(t)}")
     where = f"continues at step {the_plan.state.step + 1} in" if the_plan.resumed else "goes to"
     passes = the_plan.data.passes(t)
-    print(f"run: {t.num_steps:,} steps, which read the training part {passes:.3g} times; {where} {the_plan.run_dir}, which "
-          f"takes up to {disk_bytes(the_plan) / 1e6:,.0f} MB of disk")
+    print(f"run: {t.num_steps:,} steps, which read the training part {passes:.3g} times; {where} {the_plan.run_dir}, "
+          f"which takes up to {disk_bytes(the_plan) / 1e6:,.0f} MB of disk")
     if advice := repetition_advice(the_plan, passes):
         print(f"note: {advice}")
     sys.stdout.flush()
@@ -380,8 +380,8 @@ def repetition_advice(the_plan: Plan, passes: float) -> str | None:
     """What many passes over a text suggest: docs/LEARNING.md has the figures. None where the run does it already."""
     if passes < MANY_PASSES or the_plan.model.config.dropout > 0.0 or isinstance(the_plan.data, Pairs):
         return None
-    return (f"a text that is read {passes:.0f} times is learned by heart: --dropout 0.1 often ends lower, more text always "
-            "does; the best checkpoint is kept")
+    return (f"a text that is read {passes:.0f} times is learned by heart: --dropout 0.1 often ends lower, more text "
+            "always does; the best checkpoint is kept")
 
 
 def disk_bytes(the_plan: Plan) -> int:

@@ -7,7 +7,7 @@ valid one. `TrainConfig` carries a help sentence with each field: the command li
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from feste.errors import FesteError
 
@@ -204,6 +204,22 @@ def _seed_presets() -> list[Preset]:
     ]
 
 
+# What docs/LEARNING.md found to learn most from every step: beside the shape, what a run does otherwise than the seed's.
+MODERN = {"learning_rate": 1e-2, "optimizer": "muon", "matrix_rate": 2.0, "schedule": "linear", "min_lr_fraction": 0.0,
+          "warmup_fraction": 0.05}
+
+
+def _modern_presets() -> list[Preset]:
+    """The seed's models in the modern family, with the modern recipe."""
+    def modern(seed: Preset, dropout: float, **train) -> Preset:
+        return Preset(f"{seed.name}-modern", f"{seed.name}, in today's layers and with today's recipe",
+                      replace(seed.model, arch="modern", dropout=dropout), replace(seed.train, **MODERN | train),
+                      seed.tokenizer_chars, seed.train_chars)
+
+    tiny, small, medium, gpt2 = _seed_presets()
+    return [modern(tiny, 0.0), modern(small, 0.1), modern(medium, 0.1, num_steps=4000), modern(gpt2, 0.0)]
+
+
 def _study_presets() -> list[Preset]:
     """Models that differ in one respect each, to compare what a shape is worth."""
     def preset(name, summary, n_embd, n_layers, n_heads, block_size, learning_rate, num_steps):
@@ -226,4 +242,5 @@ FINETUNE = Preset("finetune", "from a model that was trained", Config(),
                   TrainConfig(200, 1e-4, 256, batch_size=4, val_interval=20, sample_interval=50,
                               checkpoint_interval=100))
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _seed_presets() + _study_presets()}
+PRESETS: dict[str, Preset] = {preset.name: preset
+                              for preset in (*_seed_presets(), *_modern_presets(), *_study_presets())}

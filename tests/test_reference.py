@@ -223,8 +223,7 @@ def test_round_bf16():
 
 @pytest.mark.parametrize(("K", "N"), [(1, 1), (4, 7), (7, 4), (6, 6)])
 def test_muon_moves_at_the_same_rate_in_all_directions(K, N):
-    """The singular values of the update are one within the 15 % of the approximation, and its directions the gradient's.
-    """
+    """The singular values of the update are one, within 15 %, and its directions the gradient's."""
     param, m, grad = np.zeros(K * N), np.zeros(K * N), normal(K * N)
     reference.muon_update(param, m, grad, np.array([[0, K, N, N]]), 1.0, 0.5, 0.0, False, 1.0, False, 1, K * N)
     lengths = np.linalg.svd(param.reshape(K, N) / max(1.0, N / K) ** 0.5, compute_uv=False)

@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from feste.arguments import Parser
@@ -19,6 +20,7 @@ from .alternation import Figure, alternate, figures, ratios
 from .documents import VOCAB_SIZES
 from .generation import TOKENS
 from .inputs import write_inputs
+from .learn import Learned, recipes
 from .profile import profile
 from .sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
@@ -328,8 +330,20 @@ def monitor(args) -> dict:
     return {"monitor": result}
 
 
+def learn(args) -> dict:
+    """What the recipes learn, and what each part of the modern one is worth, on several seeds (tiny and small)."""
+    report.headline("held-out loss in nats: median (range)")
+    found = {}
+    for size in args.sizes if args.sizes != SIZES else ("tiny", "small"):
+        learned = [Learned.of(name, preset, args.seeds, args.steps) for name, preset in recipes(size)]
+        found[size] = [asdict(one) for one in learned]
+        rows = [[one.name, one.final.to(4), one.best.to(4), one.step_milliseconds.to(3)] for one in learned]
+        report.show([size, "end of the run", "best validation", "ms a step"], rows)
+    return {"learn": found}
+
+
 DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, documents, growth, stream, memory, length,
-                                       threads, saves, long_run, where, monitor)}
+                                       threads, saves, long_run, where, monitor, learn)}
 
 
 def short(args) -> dict:
@@ -379,6 +393,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                         help="time for each measurement of a round (default: 3)")
     parser.add_argument("--megabytes", type=int, default=500, metavar="N",
                         help="text of the stream discipline (default: 500)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each recipe in learn (default: 3)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each run in learn (default: the preset's)")
     peers = parser.add_argument_group("peers")
     peers.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
                        help="forms of PyTorch to compare the steps with (default: both)")

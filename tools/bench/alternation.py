@@ -29,9 +29,13 @@ class Figure:
     def range(self) -> tuple[float, float]:
         return min(self.values), max(self.values)
 
-    def __str__(self) -> str:
+    def to(self, digits: int) -> str:
+        """Median and range, to so many digits."""
         low, high = self.range
-        return f"{self.median:.3g} ({low:.3g} - {high:.3g})"
+        return f"{self.median:.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
+
+    def __str__(self) -> str:
+        return self.to(3)
 
 
 class Unavailable(Exception):
