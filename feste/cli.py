@@ -25,7 +25,7 @@ try:
 except ImportError as error:  # the kernels are not compiled, or not for this CPU, or FESTE_ISA names none
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-from feste import plan
+from feste import best, plan
 from feste.arguments import Parser
 from feste.config import ARCHITECTURES, FINETUNE, PRESETS, Config, Preset, TrainConfig
 from feste.config import CHOICES as TRAIN_CHOICES
@@ -54,6 +54,7 @@ SAMPLE_TOKENS = 80
 HELD_OUT_TOKENS = 1_000_000  # of the held-out part that are scored at the end of a run
 TIMED_STEPS = 3
 MANY_PASSES = 8
+BEST = "best"  # the preset that is made and not listed
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
          "data": "name a text file with --data FILE",
@@ -83,8 +84,10 @@ examples:
 def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
     """The flags of `feste train`: any preset, with any of its dials turned, on any text."""
     parser = Parser(prog=prog, description="Train a model.", epilog=EXAMPLES.format(prog))
-    parser.add_argument("--preset", choices=list(PRESETS), help="the model and run to start from (default: tiny; with "
-                        "--from, the model's own shape and a small learning rate)")
+    parser.add_argument("--preset", choices=[*PRESETS, BEST], help="the model and run to start from (default: tiny; "
+                        "with --from, the model's own shape and a small learning rate); best: what learns most in "
+                        "--minutes")
+    parser.add_argument("--minutes", type=float, metavar="N", help="the time that --preset best has")
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     parser.add_argument("--from", "--checkpoint", dest="checkpoint", metavar="PATH", help="fine-tune: begin with the "
                         "model of a checkpoint, of a run (its best), or of a directory of transformers")
@@ -98,8 +101,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "feste train") -> int:
     if args.list_presets:
         print(list_presets())
         return 0
-    preset = PRESETS[args.preset or "tiny"] if args.preset or not args.checkpoint else FINETUNE
-    return guarded(lambda: run_training(preset, args))
+    return guarded(lambda: run_training(_preset(args), args))
+
+
+def _preset(args: argparse.Namespace) -> Preset:
+    """The preset that the flags name; `best` is made for the text and this machine, and says why."""
+    if (args.preset == BEST) != (args.minutes is not None):
+        raise FesteError(f"--preset {BEST} needs --minutes, and --minutes is for it alone", "minutes")
+    if args.preset == BEST and (args.resume or args.checkpoint):
+        raise FesteError(f"--preset {BEST} is for new models; leave {'--resume' if args.resume else '--from'} out")
+    if args.preset == BEST:
+        source = Source(**_named(args, Source))
+        preset, reasons = best.choose(source.characters(), args.minutes, args.precision or "fp32", args.threads or 0)
+        print("\n".join(reasons), flush=True)
+        return preset
+    return PRESETS[args.preset or "tiny"] if args.preset or not args.checkpoint else FINETUNE
 
 
 def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run], None] | None = None) -> int:

@@ -31,14 +31,14 @@ class Architecture:
     activation: str             # of the feed-forward layer
     rotary: bool                # queries and keys are rotated by their positions, which have no learned embeddings
     biases: bool                # of linear layers and norms
-    zero_projections: bool      # the projections back to the residual stream begin as zero, not as small numbers
+    zero_outputs: bool          # the head and the projections back to the residual stream begin as zero
 
 
 ARCHITECTURES = {
     # Radford et al. 2019
-    "gpt2": Architecture("layernorm", 2, "gelu", rotary=False, biases=True, zero_projections=False),
+    "gpt2": Architecture("layernorm", 2, "gelu", rotary=False, biases=True, zero_outputs=False),
     # RoPE, RMSNorm, ReLU squared, no biases: transformers' ArceeForCausalLM, llama.cpp's arcee
-    "modern": Architecture("rmsnorm", 1, "relu2", rotary=True, biases=False, zero_projections=True),
+    "modern": Architecture("rmsnorm", 1, "relu2", rotary=True, biases=False, zero_outputs=True),
 }
 
 
@@ -204,7 +204,7 @@ def _seed_presets() -> list[Preset]:
     ]
 
 
-# What docs/LEARNING.md found to learn most from every step: beside the shape, what a run does otherwise than the seed's.
+# What docs/LEARNING.md found to learn most from a step: beside the shape, what a run does otherwise than the seed's.
 MODERN = {"learning_rate": 1e-2, "optimizer": "muon", "matrix_rate": 2.0, "schedule": "linear", "min_lr_fraction": 0.0,
           "warmup_fraction": 0.05}
 

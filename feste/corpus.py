@@ -86,6 +86,12 @@ class Source:
             return cls(**known)
         return None
 
+    def characters(self) -> int:
+        """The length of the text that a run is trained on. CorpusError for what is no text."""
+        if self.is_pairs:
+            raise CorpusError(f"{self.data} holds questions and answers, not a text", "data")
+        return len(self.text())
+
     def text(self) -> str:
         """The part of the text that a run is trained on. CorpusError for a directory of tokens."""
         return self._whole()[:self.train_chars]

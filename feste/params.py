@@ -55,8 +55,9 @@ def _parameters(config: Config) -> Iterator[Parameter]:
         if of.biases:
             yield _vector(f"{name}.bias", N)
 
-    # Small numbers keep the residual stream's variance at depth; with zeros, every block begins as the identity.
-    residual_std = 0.0 if of.zero_projections else INIT_STD / math.sqrt(2 * config.n_layers)
+    # Small numbers keep the residual stream's variance at depth; with zeros, every block begins as the identity, and
+    # all tokens as equally likely.
+    residual_std = 0.0 if of.zero_outputs else INIT_STD / math.sqrt(2 * config.n_layers)
     yield _matrix("transformer.wte.weight", V, C)
     if not of.rotary:
         yield _matrix("transformer.wpe.weight", T, C)
@@ -70,7 +71,7 @@ def _parameters(config: Config) -> Iterator[Parameter]:
         yield from linear(f"{layer}.mlp.c_proj", 4 * C, C, residual_std)
     yield from norm("transformer.ln_f")
     if not config.tie_weights:
-        yield _matrix("lm_head.weight", V, C)
+        yield _matrix("lm_head.weight", V, C, std=0.0 if of.zero_outputs else INIT_STD)
 
 
 class Views(Mapping):

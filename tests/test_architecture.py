@@ -18,7 +18,7 @@ FLOORS = (
     ("corpus", "optim"),
     ("run.checkpoint",),
     ("run.directory",),
-    ("plan",),
+    ("plan", "best"),
     ("trainer",),
     ("events",),
     ("cli",),
