@@ -112,9 +112,10 @@ class TrainConfig:
     decay_fraction: float = _dial(0.2, "share of the steps in which the learning rate falls, with schedule wsd")
     min_lr_fraction: float = _dial(0.1, "share of the peak learning rate at which the decay ends")
     optimizer: str = _dial("adamw", "adamw, or muon for the matrices of the blocks and AdamW for the rest")
-    matrix_rate: float = _dial(3.0, "Muon: learning rate of the matrices, as a multiple of the learning rate")
+    matrix_rate: float = _dial(2.0, "Muon: learning rate of the matrices, as a multiple of the learning rate")
     momentum: float = _dial(0.95, "Muon: momentum, which rises to it from 0.85 in 300 steps")
-    weight_decay: float = _dial(0.1, "decay of matrices and embeddings")
+    weight_decay: float = _dial(0.1, "AdamW decay of matrices and embeddings")
+    matrix_decay: float = _dial(0.0, "Muon: decay of the matrices")
     cautious_decay: bool = _dial(False, "decay only what the update makes smaller, too")
     beta1: float = _dial(0.9, "AdamW decay rate of the first moment")
     beta2: float = _dial(0.95, "AdamW decay rate of the second moment")
@@ -152,7 +153,8 @@ class TrainConfig:
             check(name, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
         for name in ("beta1", "beta2", "momentum"):
             check(name, lambda value: 0.0 <= value < 1.0, "in [0, 1)")
-        check("weight_decay", lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
+        for name in ("weight_decay", "matrix_decay"):
+            check(name, lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
         check("val_fraction", lambda value: 0.0 < value < 1.0, "in (0, 1)")
         for name in ("seed", "threads", "warmup_steps", "beta2_half_life"):
             check(name, whole(0), "a non-negative integer")

@@ -152,20 +152,23 @@ class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for embeddings, head and vectors.
 
     Queries, keys and values are matrices of their own. The matrices' learning rate is matrix_rate times that of the
-    rest; their momentum rises to `momentum` in the first steps. They have no second moments: v has those of the rest.
+    rest, and their decay matrix_decay; their momentum rises to `momentum` in the first steps. They have no second moments:
+    v has those of the rest.
     """
 
     name = "muon"
 
     def __init__(self, model: GPT2, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1, cautious_decay: bool = False, momentum: float = 0.95,
-                 matrix_rate: float = 3.0) -> None:
+                 matrix_rate: float = 2.0, matrix_decay: float = 0.0) -> None:
         if not 0.0 <= momentum < 1.0:
             raise FesteError(f"momentum must lie in [0, 1), got {momentum}", "momentum")
         if not 0.0 < matrix_rate < math.inf:
             raise FesteError(f"matrix_rate must be a positive number, got {matrix_rate}", "matrix_rate")
+        if not matrix_decay >= 0.0:
+            raise FesteError(f"matrix_decay must not be negative, got {matrix_decay}", "matrix_decay")
         super().__init__(model, betas, eps, weight_decay, cautious_decay)
-        self.momentum, self.matrix_rate = momentum, matrix_rate
+        self.momentum, self.matrix_rate, self.matrix_decay = momentum, matrix_rate, matrix_decay
         self._matrices = np.array(list(matrices_of(model.table)), np.int32)
 
     @classmethod
@@ -173,13 +176,14 @@ class Muon(AdamW):
         return table.without_hidden()
 
     def settings(self) -> dict:
-        return super().settings() | {"momentum": self.momentum, "matrix_rate": self.matrix_rate}
+        return super().settings() | {"momentum": self.momentum, "matrix_rate": self.matrix_rate,
+                                     "matrix_decay": self.matrix_decay}
 
     def _update(self, learning_rate: float, scale: float, zero_grad: bool) -> None:
         model, rising = self.model, min(1.0, self.t / MOMENTUM_STEPS)
         momentum = min(self.momentum, FIRST_MOMENTUM) * (1.0 - rising) + self.momentum * rising
         ops.muon_update(model.flat_params, self.m, model.flat_grads, self._matrices, self.matrix_rate * learning_rate,
-                        momentum, self.weight_decay, self.cautious_decay, scale, zero_grad, len(self._matrices),
+                        momentum, self.matrix_decay, self.cautious_decay, scale, zero_grad, len(self._matrices),
                         model.table.size)
         super()._update(learning_rate, scale, zero_grad)
 
@@ -204,5 +208,6 @@ def make(model: GPT2, config: TrainConfig) -> AdamW:
                 "beta2": 0.5 ** (config.tokens_per_step / half_life) if half_life else config.beta2, "eps": config.eps,
                 "weight_decay": config.weight_decay, "cautious_decay": config.cautious_decay}
     if config.optimizer == "muon":
-        settings |= {"momentum": config.momentum, "matrix_rate": config.matrix_rate}
+        settings |= {"momentum": config.momentum, "matrix_rate": config.matrix_rate,
+                     "matrix_decay": config.matrix_decay}
     return OPTIMIZERS[config.optimizer].of(model, settings)

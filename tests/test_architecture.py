@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("version", "errors", "terminal", "machine", "arguments", "run", "run.names", "formats", "reference", "_ops",
      "_bpe", "_cpu", "_unicode"),
-    ("disk", "config", "ops", "run.rows", "text", "shards", "formats.vocabulary"),
-    ("run.follow", "params", "progress", "parquet", "data", "formats.*", "transformer"),
-    ("run.log", "documents", "tokenizer", "generation", "evaluation"),
+    ("disk", "config", "ops", "run.rows", "text", "shards", "formats.vocabulary", "formats.fields"),
+    ("run.follow", "params", "progress", "parquet", "data", "formats.hf_gpt2", "formats.hf_arcee", "transformer"),
+    ("run.log", "documents", "formats.*", "generation", "evaluation"),
+    ("tokenizer",),
     ("tokens", "model", "pairs"),
     ("corpus", "optim"),
     ("run.checkpoint",),
