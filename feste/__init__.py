@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what an editor sees
     from feste.evaluation import bits_per_byte, held_out_loss, perplexity
     from feste.generation import Sampler
     from feste.model import GPT2
-    from feste.optim import AdamW, learning_rate_at
+    from feste.optim import AdamW, Muon, learning_rate_at
     from feste.pairs import Pairs, read_pairs
     from feste.run.checkpoint import Checkpoint
     from feste.run.directory import find_checkpoint
@@ -30,7 +30,7 @@ _HOME = {
     "evaluation": ("bits_per_byte", "held_out_loss", "perplexity"),
     "generation": ("Sampler",),
     "model": ("GPT2",),
-    "optim": ("AdamW", "learning_rate_at"),
+    "optim": ("AdamW", "Muon", "learning_rate_at"),
     "pairs": ("Pairs", "read_pairs"),
     "run.checkpoint": ("Checkpoint",),
     "run.directory": ("find_checkpoint",),

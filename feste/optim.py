@@ -152,8 +152,8 @@ class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for embeddings, head and vectors.
 
     Queries, keys and values are matrices of their own. The matrices' learning rate is matrix_rate times that of the
-    rest, and their decay matrix_decay; their momentum rises to `momentum` in the first steps. They have no second moments:
-    v has those of the rest.
+    rest, and their decay matrix_decay; their momentum rises to `momentum` in the first steps. They have no second
+    moments: v has those of the rest.
     """
 
     name = "muon"

@@ -70,7 +70,7 @@ class TrainResult:
 def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pairs, num_steps: int | None = None,
                learning_rate: float | None = None, seq_len: int | None = None,
                run_dir: str | os.PathLike | None = None, *, config: TrainConfig | None = None,
-               optimizer: AdamW | None = None, resume: Checkpoint | str | os.PathLike | None = None,
+               optimizer: AdamW | str | None = None, resume: Checkpoint | str | os.PathLike | None = None,
                on_step: Callable[[dict], None] | None = None, info: dict | None = None, **settings) -> TrainResult:
     """Train a model on a text, on a 1-D array of token ids, or on questions and answers (`pairs.Pairs`).
 
@@ -81,10 +81,12 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     resume continues a run from its checkpoint to the bit, in this model and optimizer; if it is a path, run_dir
     defaults to the directory of that run. Another run_dir must be new: it begins with the rows up to the checkpoint,
     and the old one stays as it is. Without resume, an optimizer may be handed over to go on with its moments as a new
-    run; its betas, eps and weight_decay are then the run's.
+    run; its settings are then the run's. Its name, "adamw" or "muon", makes a new one.
 
     Raises ValueError for data or settings that do not fit, before anything is written, and TrainingDiverged.
     """
+    if isinstance(optimizer, str):
+        settings, optimizer = settings | {"optimizer": optimizer}, None
     named = {"num_steps": num_steps, "learning_rate": learning_rate, "seq_len": seq_len}
     settings |= {name: value for name, value in named.items() if value is not None}
     config = plan.with_settings(config, _optimizer_settings(optimizer, settings) | {"precision": model.precision})

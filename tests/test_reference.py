@@ -227,7 +227,7 @@ def test_muon_moves_at_the_same_rate_in_all_directions(K, N):
     param, m, grad = np.zeros(K * N), np.zeros(K * N), normal(K * N)
     reference.muon_update(param, m, grad, np.array([[0, K, N, N]]), 1.0, 0.5, 0.0, False, 1.0, False, 1, K * N)
     lengths = np.linalg.svd(param.reshape(K, N) / max(1.0, N / K) ** 0.5, compute_uv=False)
-    assert 0.85 < lengths.min() and lengths.max() < 1.15
+    assert lengths.min() > 0.85 and lengths.max() < 1.15
     u, _, v = np.linalg.svd(grad.reshape(K, N), full_matrices=False)
     along = -u.T @ param.reshape(K, N) @ v.T
     assert np.allclose(along, np.diag(np.diag(along)), atol=1e-9) and np.diag(along).min() > 0
