@@ -173,9 +173,11 @@ class Muon(AdamW):
 
     @classmethod
     def second_moments(cls, table: ParameterTable) -> ParameterTable:
+        """The table of `v`: without the matrices of the blocks."""
         return table.without_hidden()
 
     def settings(self) -> dict:
+        """The settings by their names in TrainConfig."""
         return super().settings() | {"momentum": self.momentum, "matrix_rate": self.matrix_rate,
                                      "matrix_decay": self.matrix_decay}
 

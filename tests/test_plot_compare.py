@@ -288,7 +288,8 @@ def test_the_runs_are_named_with_their_best_loss(matplotlib, folder):
     runs = opened(folder, "a", "b")
     [legend] = plot.make_figure(runs).legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == [f"num_steps={n}, learning_rate={rate}  (best {run.best()[0]:.3f} at step {run.best()[1]})"
+    assert names == [f"num_steps={n}, learning_rate={rate}  (best {run.best()[0]:.3f}, "
+                     f"{run.bits_per_byte(run.best()[0]):.3f} bits per byte at step {run.best()[1]})"
                      for n, rate, run in zip((20, 30), (0.003, 0.01), runs, strict=True)]
 
 
