@@ -207,8 +207,9 @@ def _seed_presets() -> list[Preset]:
 
 
 # What docs/LEARNING.md found to learn most from a step: beside the shape, what a run does otherwise than the seed's.
-MODERN = {"learning_rate": 1e-2, "optimizer": "muon", "matrix_rate": 2.0, "schedule": "linear", "min_lr_fraction": 0.0,
-          "warmup_fraction": 0.05}
+MODERN = {"learning_rate": 1.5e-2, "optimizer": "muon", "matrix_rate": 0.7, "beta1": 0.8, "beta2": 0.99,
+          "schedule": "linear", "min_lr_fraction": 0.0, "warmup_fraction": 0.05}
+REPEATED = {"weight_decay": 0.5}  # of embeddings and head, for a text that is read many times; beside dropout
 
 
 def _modern_presets() -> list[Preset]:
@@ -219,7 +220,8 @@ def _modern_presets() -> list[Preset]:
                       seed.tokenizer_chars, seed.train_chars)
 
     tiny, small, medium, gpt2 = _seed_presets()
-    return [modern(tiny, 0.0), modern(small, 0.1), modern(medium, 0.1, num_steps=4000), modern(gpt2, 0.0)]
+    return [modern(tiny, 0.0, learning_rate=1e-2, matrix_rate=2.0), modern(small, 0.1, **REPEATED),
+            modern(medium, 0.1, num_steps=4000, **REPEATED), modern(gpt2, 0.1, **REPEATED, learning_rate=5e-3)]
 
 
 def _study_presets() -> list[Preset]:
