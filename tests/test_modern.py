@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 from torture import CONFIG, differences, train
 
-from feste import GPT2, AdamW, Checkpoint, Config, FesteError, Muon, TrainConfig, best, ops, optim, plan, reference
+from feste import (
+    GPT2,
+    AdamW,
+    Checkpoint,
+    Config,
+    FesteError,
+    Muon,
+    TrainConfig,
+    best,
+    cli,
+    ops,
+    optim,
+    plan,
+    reference,
+)
 from feste.config import PRESETS
 from feste.optim import decay_begin, learning_rate_at, matrices_of
 from feste.run.directory import find_checkpoint
@@ -275,3 +289,27 @@ def test_best_needs_a_time_and_a_text():
 def test_the_half_life_of_the_second_moment():
     config = TrainConfig(batch_size=8, seq_len=64, beta2_half_life=512)
     assert optim.make(GPT2(MODERN), config).betas[1] == pytest.approx(0.5)
+
+
+def test_best_from_the_command_line(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be: that is the question. " * 400)
+    monkeypatch.setattr(best, "seconds_per_step", lambda *_: 0.5)
+    monkeypatch.setattr(best, "FEWEST_STEPS", 4)
+    flags = ["--data", str(text), "--run-dir", str(tmp_path / "run"), "--preset", "best"]
+    assert cli.main([*flags, "--minutes", "0.05"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("best for 0.05 min: a step of ") and "so there is time for 5 steps" in said
+    assert "which read the training part" in said and "bits per byte" in said
+    assert cli.main(flags) == 2
+    assert "--preset best needs --minutes" in capsys.readouterr().err
+
+
+def test_a_text_that_is_read_often_is_noted(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be: that is the question. " * 200)
+    flags = ["--data", str(text), "--steps", "60", "--vocab-size", "300"]
+    assert cli.main([*flags, "--run-dir", str(tmp_path / "run")]) == 0
+    assert "times is learned by heart: --dropout 0.1 often ends lower" in capsys.readouterr().out
+    assert cli.main([*flags, "--run-dir", str(tmp_path / "dropout"), "--dropout", "0.1"]) == 0
+    assert "learned by heart" not in capsys.readouterr().out
