@@ -20,6 +20,7 @@ from rich.text import Text
 
 from feste.terminal import clean, shorten
 
+from . import teach
 from .answers import DIALS, Answer, Conversation, LoadedModel, Settings
 
 NARROWEST = 26  # characters of a column, so that three fit into 80; more answers than fit side by side go below
@@ -209,6 +210,41 @@ def _tokens_of(repl: Repl, argument: str) -> None:
         repl.console.print(Text(" │ ").join(pieces))
 
 
+def _text_or_last(repl: Repl, argument: str, command: str) -> str:
+    """The argument, or without one the last prompt."""
+    text = argument or repl.prompt
+    if not text:
+        raise ValueError(f"name a text, for example /{command} To be, or not to")
+    return text
+
+
+def _probs(repl: Repl, argument: str) -> None:
+    text = _text_or_last(repl, argument, "probs")
+    for name, loaded in zip(repl.names, repl.models, strict=True):
+        repl.say(f"{name}, after {text!r}:" if len(repl.models) > 1 else f"after {text!r}:")
+        repl.console.print(teach.bars(teach.expected(loaded, text), token_text))
+
+
+def _surprise(repl: Repl, argument: str) -> None:
+    text = _text_or_last(repl, argument, "surprise")
+    for name, loaded in zip(repl.names, repl.models, strict=True):
+        tokens = teach.surprises(loaded, text)
+        known = b"".join(token.text for token in tokens)
+        first = text.encode()[:len(text.encode()) - len(known)].decode("utf-8", "replace")
+        repl.console.print(teach.coloured(clean(first), tokens), soft_wrap=True)
+        bits = sum(token.bits for token in tokens)
+        repl.say(f"{name}: {bits:.1f} bits for {len(known)} bytes, {bits / len(known):.2f} bits per byte")
+    repl.console.print(teach.legend())
+
+
+def _load(repl: Repl, argument: str) -> None:
+    if not argument.strip():
+        raise ValueError("name a checkpoint or a run, for example /load data/RUN")
+    loaded = LoadedModel(Path(argument.strip()).expanduser())
+    repl.models, repl.names, repl.conversations = [loaded], [loaded.name], []
+    repl.say(f"{loaded.name}: {loaded.model.num_parameters():,} parameters, step {loaded.step:,}", "bold")
+
+
 def token_text(token: bytes) -> str:
     """A token in quotes; bytes that are no character by themselves as \\xNN."""
     try:
@@ -259,6 +295,9 @@ COMMANDS = {name: Command(f"[NUMBER|{dial.unset}]" if dial.unset else "[NUMBER]"
     "again": Command("", "answer the last prompt again", _again),
     "chat": Command("[off]", "begin a conversation, in the words that fine-tuned models know; or end it", _chat),
     "tokens-of": Command("TEXT", "show how the tokenizer splits a text", _tokens_of),
+    "probs": Command("[TEXT]", "show which tokens the model expects after a text, or after the last prompt", _probs),
+    "surprise": Command("[TEXT]", "colour a text by how much each token of it surprises the model", _surprise),
+    "load": Command("PATH", "go on with the model of another checkpoint or run", _load),
     "info": Command("", "show the checkpoint, its model and the settings", _info),
     "save": Command("FILE", "write the answers so far, with prompts and settings, to a new file", _save),
     "help": Command("", "show this list", _help),
