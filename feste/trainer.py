@@ -30,6 +30,7 @@ from feste.model import GPT2
 from feste.optim import AdamW, decay_begin, learning_rate_at
 from feste.pairs import Pairs
 from feste.plan import Plan
+from feste.progress import Progress
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import RunDirectory
 from feste.tokenizer import BPETokenizer
@@ -71,12 +72,14 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
                learning_rate: float | None = None, seq_len: int | None = None,
                run_dir: str | os.PathLike | None = None, *, config: TrainConfig | None = None,
                optimizer: AdamW | str | None = None, resume: Checkpoint | str | os.PathLike | None = None,
-               on_step: Callable[[dict], None] | None = None, info: dict | None = None, **settings) -> TrainResult:
+               on_step: Callable[[dict], None] | None = None, progress: bool = False, info: dict | None = None,
+               **settings) -> TrainResult:
     """Train a model on a text, on a 1-D array of token ids, or on questions and answers (`pairs.Pairs`).
 
     num_steps, learning_rate, seq_len and settings, which are the other fields of TrainConfig, replace those of config;
     without a config the three must be given. With run_dir, the run is logged and checkpointed there; info is added to
-    its run.json. on_step is called with the record of every step.
+    its run.json. on_step is called with the record of every step; progress shows losses, speed and the time left, as a
+    bar on a terminal and as lines elsewhere.
 
     resume continues a run from its checkpoint to the bit, in this model and optimizer; if it is a path, run_dir
     defaults to the directory of that run. Another run_dir must be new: it begins with the rows up to the checkpoint,
@@ -92,11 +95,16 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     config = plan.with_settings(config, _optimizer_settings(optimizer, settings) | {"precision": model.precision})
     run_dir = None if run_dir is None else Path(run_dir)
     if resume is None:
-        return train(plan.new(model, tokenizer, text, config, run_dir, optimizer, info), on_step)
-    if not isinstance(resume, Checkpoint):
-        resume = plan.checkpoint_to_resume(Path(resume), run_dir)
-        run_dir = resume.path.parent if run_dir is None else run_dir
-    return train(plan.resumed_in(model, tokenizer, optimizer, resume, text, config, run_dir, info), on_step)
+        the_plan = plan.new(model, tokenizer, text, config, run_dir, optimizer, info)
+    else:
+        if not isinstance(resume, Checkpoint):
+            resume = plan.checkpoint_to_resume(Path(resume), run_dir)
+            run_dir = resume.path.parent if run_dir is None else run_dir
+        the_plan = plan.resumed_in(model, tokenizer, optimizer, resume, text, config, run_dir, info)
+    if not progress:
+        return train(the_plan, on_step)
+    with Progress(the_plan.config, start=the_plan.state.step) as shown:
+        return train(the_plan, lambda record: (shown(record), on_step and on_step(record)))
 
 
 def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:

@@ -480,3 +480,11 @@ def test_the_farewell_cannot_steer_a_terminal(tmp_path, capsys, monkeypatch):
     assert run_preset("tiny", ["--data", str(tmp_path / "log.txt"), "--run-dir", str(tmp_path / "run"), *quick]) == 0
     said = capsys.readouterr().out
     assert "--- temperature" in said and not set("\x1b\x07\x9b") & set(said)
+
+
+def test_progress_is_shown_if_asked_for(tmp_path, capsys):
+    seen = []
+    train(tmp_path / "run", num_steps=4, progress=True, on_step=lambda record: seen.append(record["step"]))
+    assert "step 4  loss" in capsys.readouterr().out and seen == [1, 2, 3, 4]
+    train(tmp_path / "quiet", num_steps=4)
+    assert capsys.readouterr().out == ""
