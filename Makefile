@@ -8,18 +8,24 @@ SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 .PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels docs bench bench-long lint clean
 .DEFAULT_GOAL := build
 
+# $(call stage,what,command): what is done, and how long it took.
+define stage
+	@printf '%-60s' '$(1)'; begun=$$(date +%s); $(2) && echo "$$(( $$(date +%s) - begun )) s"
+endef
+
 build: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "feste needs Python 3.10 or newer")'
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "setuptools>=77" "cython>=3.1" "numpy>=2.0"
-	FESTE_ISA_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(call stage,1/4 a Python of its own in $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call stage,2/4 what the build needs,$(PY) -m pip install --quiet --upgrade pip && \
+		$(PY) -m pip install --quiet "setuptools>=77" "cython>=3.1" "numpy>=2.0")
+	$(call stage,3/4 what feste and its tests need,FESTE_ISA_BUILD=none PYTHONWARNINGS=ignore \
+		$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]")
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
+	$(call stage,4/4 the kernels for every instruction set (a minute or two),$(PY) setup.py --quiet build_ext --inplace)
 	@touch $@
 
 tiny: build
