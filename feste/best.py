@@ -20,12 +20,11 @@ from feste.model import GPT2
 from feste.params import ParameterTable
 from feste.terminal import duration
 
-TOKENS_PER_PARAMETER = 4.0
+TOKENS_PER_PARAMETER = 1.5
 USABLE = 0.9            # of the time is for steps; validations, samples and checkpoints take the rest
 FEWEST_STEPS = 100
-CHARS_PER_TOKEN = 2.6   # of English, in vocabularies of these sizes
-VOCABULARIES = ((300_000, 512), (3_000_000, 1024), (20_000_000, 2048), (200_000_000, 8192))  # up to so many characters
-LARGEST_VOCABULARY = 16_384
+# Up to so many characters: the size of the vocabulary, and the characters of English in one of its tokens.
+VOCABULARIES = ((1.5e6, 512, 1.9), (10e6, 1024, 2.4), (50e6, 4096, 3.2), (float("inf"), 16_384, 3.8))
 DROPOUTS = ((4.0, 0.0), (20.0, 0.1))  # up to so many passes over the text
 MOST_DROPOUT = 0.2
 TIMED_SECONDS = 1.0     # of steps of each shape, and one step at least
@@ -49,8 +48,8 @@ def choose(characters: int, minutes: float, precision: str = "fp32", threads: in
     """A preset for a text of so many characters, and three lines that say why."""
     if not 0.0 < minutes < float("inf"):
         raise FesteError(f"minutes must be a positive number, got {minutes}", "minutes")
-    vocab_size = next((size for most, size in VOCABULARIES if characters <= most), LARGEST_VOCABULARY)
-    tokens = characters / CHARS_PER_TOKEN
+    vocab_size, length = next((size, length) for most, size, length in VOCABULARIES if characters <= most)
+    tokens = characters / length
     ops.set_num_threads(threads)
     best = None
     for shape in LADDER:
