@@ -112,7 +112,7 @@ def _preset(args: argparse.Namespace) -> Preset:
         raise FesteError(f"--preset {BEST} is for new models; leave {'--resume' if args.resume else '--from'} out")
     if args.preset == BEST:
         source = Source(**_named(args, Source))
-        preset, reasons = best.choose(source.characters(), args.minutes, args.precision or "fp32", args.threads or 0)
+        preset, reasons = best.choose(source.characters(), args.minutes, args.precision, args.threads or 0)
         print("\n".join(reasons), flush=True)
         return preset
     return PRESETS[args.preset or "tiny"] if args.preset or not args.checkpoint else FINETUNE
