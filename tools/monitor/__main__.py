@@ -68,8 +68,9 @@ def _print(watch: Watch, json: bool) -> int:
 def _watch(watch: Watch) -> int:
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):  # it draws on standard error
         raise ValueError("the monitor needs a terminal; use --once or --json in a pipe")
+    from . import preferences
     from .app import Monitor  # Textual takes a moment to load, which the summaries do not need
-    Monitor(watch).run()
+    Monitor(watch, preferences.read(preferences.path()), preferences.path(), preferences.theme_of_terminal()).run()
     return 0
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from bisect import bisect_right
 from contextlib import suppress
+from pathlib import Path
 
 from rich.text import Text
 from textual import events, work
@@ -16,11 +17,11 @@ from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Footer, Static
 
-from . import colours, keys
+from . import colours, keys, preferences
 from .curve import View
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
-from .widgets import Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
+from .widgets import Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
@@ -40,11 +41,13 @@ class Monitor(App):
     TITLE = "feste monitor"
     BINDINGS = keys.BINDINGS
     ENABLE_COMMAND_PALETTE = False
+    AUTO_FOCUS = None  # keys are the app's, but while words are typed
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-tall")]  # noqa: RUF012
     CSS = """
     #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
     .-large #runs { max-height: 12; }
+    #filter { height: 1; border: none; padding: 0 1; }
     #empty { height: 1fr; content-align: center middle; display: none; }
     #status { height: auto; padding: 0 1; }
     #tabs { height: 1; padding: 0 1; background: $panel; }
@@ -69,18 +72,25 @@ class Monitor(App):
     class Polled(Message):
         """The thread has read what there was."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, choices: dict | None = None, kept_in: Path | None = None,
+                 theme: str = preferences.DARK) -> None:
+        """choices: of an earlier time, see preferences.CHOICES; those of this time go to the file `kept_in`, if any.
+
+        theme: the one to begin with, if none was chosen.
+        """
         super().__init__()
-        self.watch = watch
+        self.watch, self.choices, self.kept_in = watch, choices or {}, kept_in
+        self._first_theme = self.choices.get("theme", theme)
         self.selected: FollowedRun | None = None
         self.pinned: list[str] = []
-        self.sort = SORTS[0]
+        self.sort = self.choices.get("sort", SORTS[0])
         self.sample_step: int | None = None  # None: the newest
         self.view = "both"
         self._stop, self._waiting = threading.Event(), threading.Event()
 
     def compose(self) -> ComposeResult:
         yield RunTable()
+        yield Filter()
         yield Static(id="empty", markup=False)
         yield Status(id="status", markup=False)
         yield Static(id="tabs", markup=False)
@@ -97,13 +107,26 @@ class Monitor(App):
         return self.screen_stack[0].query_one("#curve", Plot)
 
     @property
+    def filter(self) -> Filter:
+        return self.screen_stack[0].query_one(Filter)
+
+    @property
     def large(self) -> bool:
         return self.size.width >= LARGE_WIDTH
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def on_mount(self) -> None:
+        self.theme = self._first_theme
+        for name in ("axis", "log", "span", "lines"):
+            setattr(self.plot.options, name, self.choices.get(name, getattr(self.plot.options, name)))
         self._follow()
+
+    def _choose(self, **choices) -> None:
+        """Remember what was chosen, also for the next time."""
+        self.choices |= choices
+        if self.kept_in is not None:
+            preferences.write(self.kept_in, self.choices)
 
     def on_unmount(self) -> None:
         self._stop.set()
@@ -133,18 +156,19 @@ class Monitor(App):
     # ---- showing ---------------------------------------------------------------------------------------------
 
     def runs(self) -> list[FollowedRun]:
-        return in_order(list(self.watch.runs.values()), self.sort)
+        """The runs of the list, those that are filtered out left out."""
+        return in_order([run for run in self.watch.runs.values() if self.filter.keeps(run.name)], self.sort)
 
     def show(self) -> None:
         """Bring the whole screen up to date."""
         self.watch.take()
         base, runs = self.screen_stack[0], self.runs()
-        base.set_class(not runs, "bare")
-        if not runs:
+        base.set_class(not self.watch.runs, "bare")
+        if not self.watch.runs:
             self._show_empty(base)
             return
-        if self.selected is None:
-            self.selected = in_order(runs, "newest")[0]
+        if self.selected is None or (runs and self.selected not in runs):
+            self.selected = in_order(runs or list(self.watch.runs.values()), "newest")[0]
         run, width = self.selected, self.size.width
         base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
         base.query_one(Status).show(run, width - 2)
@@ -152,9 +176,14 @@ class Monitor(App):
             plot.show(run, [one for one in runs if one.key in self.pinned], self.plot.options)
         base.query_one(Samples).show(run, self.sample_index())
         tabs = Text.assemble(view_names(self.view, self.large), (f" {self.sort} first" if self.sort != "name" else
-                             " by name", "dim"), ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True,
-                             overflow="ellipsis")
+                             " by name", "dim"), (self._filtered(len(runs)), "bold"),
+                             ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True, overflow="ellipsis")
         base.query_one("#tabs", Static).update(tabs)
+
+    def _filtered(self, shown: int) -> str:
+        """What is left out of the list, if anything is."""
+        words = self.filter.value.strip()
+        return f"  {shown} of {len(self.watch.runs)} with {words!r}" if words else ""
 
     def _show_empty(self, base) -> None:
         places = ", ".join(str(path) for path in self.watch.paths)
@@ -205,8 +234,18 @@ class Monitor(App):
         self.pinned.clear()
         self.show()
 
+    def action_filter(self) -> None:
+        self.filter.open()
+
+    def on_input_changed(self) -> None:
+        self.show()
+
+    def on_input_submitted(self) -> None:
+        self.filter.close()
+
     def action_sort(self) -> None:
         self.sort = after(self.sort, SORTS)
+        self._choose(sort=self.sort)
         self.show()
 
     def on_run_table_clicked(self, message: RunTable.Clicked) -> None:
@@ -236,11 +275,12 @@ class Monitor(App):
         self.call_after_refresh(self.show)
 
     def action_dark(self) -> None:
-        self.theme = "textual-light" if self.theme == "textual-dark" else "textual-dark"
+        self.theme = preferences.LIGHT if self.theme == preferences.DARK else preferences.DARK
+        self._choose(theme=self.theme)
 
     def watch_theme(self, theme: str) -> None:
         """Runs and states have other colours on another background."""
-        colours.use(theme != "textual-light")
+        colours.use(theme != preferences.LIGHT)
         if self.screen_stack and self.watch.runs:
             with suppress(NoMatches):
                 self.show()
@@ -273,16 +313,22 @@ class Monitor(App):
     def action_axis(self) -> None:
         if self.selected is not None:
             convert(self.plot.options, self.selected, after(self.plot.options.axis, AXES))
+            self._choose(axis=self.plot.options.axis)
             self.show()
 
+    def _turn(self, **option) -> None:
+        """Set an option that is kept for the next time."""
+        self._choose(**option)
+        self._set(**option)
+
     def action_log(self) -> None:
-        self._set(log=not self.plot.options.log)
+        self._turn(log=not self.plot.options.log)
 
     def action_smooth(self) -> None:
-        self._set(span=after(self.plot.options.span, SPANS))
+        self._turn(span=after(self.plot.options.span, SPANS))
 
     def action_lines(self) -> None:
-        self._set(lines=after(self.plot.options.lines, LINES))
+        self._turn(lines=after(self.plot.options.lines, LINES))
 
     def action_metric(self) -> None:
         self._set(metric=after(self.plot.options.metric, METRICS))

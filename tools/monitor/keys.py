@@ -29,6 +29,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("down,j", "down j", "select(1)", "the run below"),
         Key("space", "space", "pin", "pin the run: its curve stays while others are selected", "Pin"),
         Key("u", "u", "unpin", "unpin every run"),
+        Key("slash", "/", "filter", "show the runs whose name has some words; enter keeps that, esc ends it", "Filter"),
         Key("s", "s", "sort", "sort the runs: newest, best loss, name", "Sort"),
     )),
     ("Views", (

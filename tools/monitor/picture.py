@@ -153,7 +153,7 @@ def _read_out(run: FollowedRun, others: list[FollowedRun], options: Options) -> 
     """The values nearest to the reading line, a dash where a run does not reach it."""
     at, losses = options.cursor, options.metric == "loss"
     names = {"step": f"step {at:,.0f}", "time": text.duration(at), "tokens": f"{at:,.0f} tokens"}
-    row: Row = [(names[options.axis], "bold")]
+    row: Row = [(names[options.axis] if losses else f"{options.metric}, {names[options.axis]}", "bold")]
     for one in [run, *others]:
         x, (low, high) = x_of(one, options.axis), extent([one], options.axis)
         columns = [METRICS[options.metric]] + ["val_loss"] * losses

@@ -12,7 +12,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import DataTable, Static
+from textual.widgets import DataTable, Input, Static
 
 from feste import terminal as text
 
@@ -101,6 +101,32 @@ class RunTable(DataTable):
             return
         key = None if row < 0 else self.ordered_rows[row].key.value
         self.post_message(self.Clicked(key, self.ordered_columns[column].key.value))
+
+
+class Filter(Input):
+    """Words that the names of the runs in the list must have, wherever. Shown while they are typed."""
+
+    BINDINGS = [("escape", "put_away", "All runs")]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(id="filter", placeholder="words of a run's name", compact=True)
+        self.display = False
+
+    def open(self) -> None:
+        self.display = True
+        self.focus()
+
+    def close(self) -> None:
+        self.display = False
+        self.app.set_focus(None)
+
+    def action_put_away(self) -> None:
+        self.value = ""
+        self.close()
+
+    def keeps(self, name: str) -> bool:
+        """Whether a run of this name is to be seen."""
+        return all(word in name.lower() for word in self.value.lower().split())
 
 
 class Status(Static):
