@@ -119,3 +119,29 @@ async def test_the_list_is_filtered_by_words_of_the_name(tmp_path):
         assert len(app.runs()) == 3
         await pilot.press("l")
         assert app.plot.options.log  # keys are keys again
+
+
+@pytest.mark.parametrize(("size", "shown", "hidden"), [
+    ((40, 12), ["line", "curve"], ["runs", "status", "tabs", "side"]),
+    ((80, 24), ["line", "status", "tabs", "curve", "side"], ["runs", "sample_bar"]),
+    ((80, 30), ["runs", "status", "tabs", "curve"], ["line", "side"]),
+    ((140, 40), ["runs", "status", "tabs", "curve", "side", "sample_bar"], ["line"]),
+])
+async def test_a_layout_that_fits(tmp_path, size, shown, hidden):
+    for name in ("a", "b"):
+        make_run(tmp_path / name, rows(20), info())
+    app = Monitor(Watch([tmp_path]))
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause(0.5)
+        base = app.screen_stack[0]
+        visible = {name: base.query_one(f"#{name}").region.area > 0 for name in (*shown, *hidden)}
+        assert visible == {name: name in shown for name in visible}
+        assert base.query_one("#curve").size.height >= 8
+        if "line" in shown:
+            line = base.query_one("#line").render().plain
+            assert line.startswith(app.selected.marker) and len(line) <= size[0] - 2
+        if size == (80, 24):
+            assert "2 of 2" in line or "1 of 2" in line
+            assert "To be sample of step 20" in base.query_one("#sample_text").render().plain
+        footer = "".join(str(key.description) for key in app.query("FooterKey").results())
+        assert "Help" in footer[:20] and "Quit" in footer[:20]

@@ -21,11 +21,12 @@ from . import colours, keys, preferences
 from .curve import View
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
-from .widgets import Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, view_names
+from .widgets import Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, summary_line, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
 LARGE_WIDTH, TALL = 130, 48
+LOW, FLAT = 30, 18  # with fewer rows the list is one line and the sample stands under the curve; or it is all curve
 SIDE_METRICS = ("learning rate", "gradient norm", "tokens per second")
 
 
@@ -43,11 +44,14 @@ class Monitor(App):
     ENABLE_COMMAND_PALETTE = False
     AUTO_FOCUS = None  # keys are the app's, but while words are typed
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (FLAT, "-low"), (LOW, "-high"), (TALL, "-tall")]  # noqa: RUF012
     CSS = """
     #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
     .-large #runs { max-height: 12; }
     #filter { height: 1; border: none; padding: 0 1; }
+    #line { height: 1; padding: 0 1; display: none; }
+    .-flat #line, .-low #line { display: block; }
+    .-flat #runs, .-low #runs, .-flat #status, .-flat #tabs { display: none; }
     #empty { height: 1fr; content-align: center middle; display: none; }
     #status { height: auto; padding: 0 1; }
     #tabs { height: 1; padding: 0 1; background: $panel; }
@@ -60,10 +64,14 @@ class Monitor(App):
     #sample_head, #sample_bar { height: 1; }
     #sample_scroll { height: 1fr; }
     .-small #views.both #side { display: none; }
+    .-low #views.both { layout: vertical; }
+    .-low #views.both #curve { width: 100%; }
+    .-low #views.both #side { display: block; width: 100%; height: 4; }
+    .-low #sample_bar { display: none; }
     #views.curve #side { display: none; }
     #views.samples #curve { display: none; }
-    .zen #runs, .zen #status { display: none; }
-    .bare #runs, .bare #status, .bare #tabs, .bare #views { display: none; }
+    .zen #runs, .zen #line, .zen #status { display: none; }
+    .bare #runs, .bare #line, .bare #status, .bare #tabs, .bare #views { display: none; }
     .bare #empty { display: block; }
     Help { align: center middle; }
     #help { width: 90%; max-width: 90; height: 90%; border: round $accent; padding: 0 1; background: $surface; }
@@ -90,6 +98,7 @@ class Monitor(App):
 
     def compose(self) -> ComposeResult:
         yield RunTable()
+        yield Static(id="line", markup=False)
         yield Filter()
         yield Static(id="empty", markup=False)
         yield Status(id="status", markup=False)
@@ -171,7 +180,9 @@ class Monitor(App):
             self.selected = in_order(runs or list(self.watch.runs.values()), "newest")[0]
         run, width = self.selected, self.size.width
         base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
-        base.query_one(Status).show(run, width - 2)
+        place = f"{runs.index(run) + 1} of {len(runs)}" if run in runs else ""
+        base.query_one("#line", Static).update(summary_line(run, place, width - 2))
+        base.query_one(Status).show(run, width - 2, brief=self.size.height < LOW)
         for plot in base.query(Plot):
             plot.show(run, [one for one in runs if one.key in self.pinned], self.plot.options)
         base.query_one(Samples).show(run, self.sample_index())

@@ -70,7 +70,8 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
     )),
 )
 KEYS = tuple(key for _, group in GROUPS for key in group)
-BINDINGS = [key.binding() for key in KEYS]
+# In a narrow terminal the footer is cut at its end, so how to get help and out comes first.
+BINDINGS = [key.binding() for key in sorted(KEYS, key=lambda key: key.action not in ("help", "quit"))]
 MOUSE = ("click a run: select it; click its mark: pin it; click a column head: sort by it",
          "over the curve: read the values; wheel: zoom there; drag: pan",
          "click the bar over a sample: go there; the names of the views and the footer are buttons too")

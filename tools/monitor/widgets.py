@@ -24,6 +24,7 @@ from .numbers import sparkline
 from .picture import Options, extent, picture
 from .runs import FollowedRun
 
+ROOM_FOR_STEPS = 70  # characters of a line that says the step in full
 STATE_WORDS = {"early_stopped": "early stop"}
 # key, head, width; figures are on the right of their columns, and a gap is part of the width
 WORDS = ("mark", "run", "state")
@@ -132,8 +133,12 @@ class Filter(Input):
 class Status(Static):
     """The numbers of the selected run."""
 
-    def show(self, run: FollowedRun, width: int) -> None:
+    def show(self, run: FollowedRun, width: int, brief: bool = False) -> None:
+        """brief: only the figures, a line each; what else there is stands in a line above."""
         s = run.summary
+        if brief:
+            self._put([joined([(line, "")]) for line in (summary.losses(s), summary.pace(s))], width)
+            return
         head = joined([(f"{run.marker} {text.shorten(s.name, max(10, width - 34))}  ", f"bold {run.colour}"),
                        (summary.state(s), colours.palette.state(s.state) or "bold")])
         figures = [summary.losses(s), summary.pace(s)]
@@ -142,7 +147,13 @@ class Status(Static):
         lines = [head, joined(self._bar(run, s, width)), *(joined([(line, "")]) for line in figures),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
         lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")]) for problem in s.problems[:3]]
-        self.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines))
+        self._put(lines, width)
+
+    def _put(self, lines: list[Text], width: int) -> None:
+        """A line is cut where the screen ends, and does not take another's place."""
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        self.update(Text("\n", no_wrap=True).join(lines))
 
     @staticmethod
     def _bar(run: FollowedRun, s: Summary, width: int) -> Row:
@@ -325,6 +336,21 @@ class Help(ModalScreen):
         for line in MOUSE:
             made.append(f"  {line}\n", "not bold")
         return made
+
+
+def summary_line(run: FollowedRun, place: str, width: int) -> Text:
+    """A run in one line, for screens without room for a list: name, state, how far it is, and losses if they fit."""
+    s = run.summary
+    done = f"{int(100 * s.fraction)} %" if s.fraction is not None else text.count(s.step)
+    done = summary.progress(s) if width >= ROOM_FOR_STEPS else done
+    parts = [STATE_WORDS.get(s.state, s.state), done, summary.times(s, both=False), place,
+             f"best {text.fitted(s.best_loss, 6)}", f"train {text.fitted(s.train_loss, 6)}"]
+    row: Row = []
+    for part in filter(None, parts):
+        if sum(len(piece) for piece, _ in row) + len(part) + 2 + 12 <= width:
+            row.append((f"  {part}", ""))
+    room = width - sum(len(piece) for piece, _ in row)
+    return joined([(f"{run.marker} {text.shorten(s.name, max(8, room - 2))}", f"bold {run.colour}"), *row])
 
 
 def view_names(view: str, large: bool) -> Text:
