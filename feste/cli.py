@@ -372,7 +372,7 @@ def announce(the_plan: Plan) -> None:
     parent = the_plan.info.get("parent")
     print(f"{the_plan.info['name']}: {the_plan.model.num_parameters():,} parameters (vocabulary {c.vocab_size}, "
           f"{c.n_embd} channels, {c.n_layers} layers, {c.n_heads} heads, context {c.block_size}, "
-          f"{'tied' if c.tie_weights else 'untied'} head)"
+          f"{'tied' if c.tie_weights else 'untied'} head{', modern layers' if c.arch == 'modern' else ''})"
           + (f", from step {parent['step']} of {parent['checkpoint']}" if parent else ""))
     print(f"kernels: {ops.isa} ({ops.isa_reason}), {ops.get_num_threads()} threads, {t.precision}")
     if ops.get_num_threads() > useful_threads():

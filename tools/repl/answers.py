@@ -109,7 +109,7 @@ class LoadedModel:
         return {
             "checkpoint": str(self.path), "step": f"{self.step:,}", "best validation loss": best,
             "model": f"{self.model.num_parameters():,} parameters: {c.n_layers} layers, {c.n_embd} channels, "
-                     f"{c.n_heads} heads, context {c.block_size}",
+                     f"{c.n_heads} heads, context {c.block_size}, {c.arch} layers",
             "tokenizer": f"{self.tokenizer.vocab_size:,} tokens",
             "kernels": f"{ops.isa}, {ops.get_num_threads()} threads, {self.model.precision}",
         }
