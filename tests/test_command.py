@@ -72,7 +72,7 @@ def test_a_shell_completes(tmp_path):
     function complete_line {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_feste; echo "${{COMPREPLY[@]}}"; }}
     complete_line feste tr; complete_line feste train --lear; complete_line feste train --preset ti"""
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
-    assert done.stdout.split() == ["train", "--learning-rate", "tiny"], done.stderr
+    assert done.stdout.split() == ["train", "--learning-rate", "tiny", "tiny-modern"], done.stderr
     for shell in ("zsh", "tcsh"):
         assert "learning-rate" in run("-m", "feste", "completion", shell).stdout
 
