@@ -111,6 +111,9 @@ def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
     """The settings, with those of an optimizer that was handed over: the run must say what it does."""
     if optimizer is None:
         return settings
+    if not isinstance(optimizer, AdamW):
+        raise FesteError(f"optimizer must be AdamW(model), Muon(model) or one of their names, got {optimizer!r:.60}",
+                         "optimizer")
     own = optimizer.settings()
     for name, value in own.items():
         if settings.get(name, value) != value:

@@ -90,7 +90,7 @@ def _forged(data: bytes, change, checksum: bool = True) -> bytes:
         metadata["config"] = json.dumps(config)
     if checksum and isinstance(metadata, dict) and "checksum" in metadata:
         digest, original = checkpoint._new_digest(metadata), json.loads(data[8:8 + length])
-        for prefix in checkpoint.PREFIXES:
+        for prefix in (checkpoint.PARAMETERS, checkpoint.FIRST, checkpoint.SECOND):
             for p in ParameterTable(CONFIG):
                 begin, end = original[prefix + p.name]["data_offsets"]
                 digest.update(data[8 + length + begin:8 + length + end])
