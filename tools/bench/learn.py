@@ -25,7 +25,8 @@ PARTS = {
     "Muon": ("optimizer", "matrix_rate", "momentum"),
     "learning rate": ("learning_rate",),
     "falls to zero": ("schedule", "min_lr_fraction", "warmup_fraction"),
-    "dropout": ("dropout",),
+    "betas": ("beta1", "beta2"),
+    "dropout and decay": ("dropout", "weight_decay"),
 }
 
 
