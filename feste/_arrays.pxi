@@ -14,6 +14,9 @@
 cdef enum:
     MAX_ARRAYS = 10  # layernorm_backward has nine
 
+cdef dict DTYPE_NAMES = {cnp.NPY_FLOAT32: "float32", cnp.NPY_FLOAT64: "float64", cnp.NPY_INT32: "int32",
+                         cnp.NPY_UINT8: "uint8"}
+
 
 cdef struct Extent:
     char* begin            # the bytes begin .. end of one array
@@ -36,7 +39,7 @@ cdef void* array(Arrays* args, cnp.ndarray x, int dtype, Py_ssize_t rows, Py_ssi
     Raises TypeError for None and ValueError for anything else that does not fit, both with the array's name.
     """
     cdef Extent* extent
-    cdef str dtype_name = "float32" if dtype == cnp.NPY_FLOAT32 else "int32" if dtype == cnp.NPY_INT32 else "uint8"
+    cdef str dtype_name = DTYPE_NAMES[dtype]
     if x is None:
         raise TypeError(f"{name.decode()} must be a {dtype_name} array, got None")
     if (cnp.PyArray_TYPE(x) != dtype or not cnp.PyArray_ISCARRAY_RO(x) or cnp.PyArray_NDIM(x) == 0

@@ -15,6 +15,7 @@
 
 cdef enum:
     POLES = 2
+    MUON_ROW = 5  # numbers of a matrix in the table of matrices
 
 cdef float[POLES] POLE_WEIGHT = [0.04471, 0.99472]
 cdef float[POLES] POLE_SHIFT = [0.0004537, 0.2245848]
@@ -24,7 +25,7 @@ cdef struct Muon:
     float* param
     float* m
     float* grad
-    const int32_t* matrices  # (count, 4): offset, rows K, columns N, length of a row
+    const int32_t* matrices  # (count, 5): offset, rows K, columns N, length of a row, offset of the momentum
     double learning_rate, momentum, weight_decay, grad_scale
     Py_ssize_t count, n
     bint cautious, zero_grad
@@ -32,6 +33,7 @@ cdef struct Muon:
 
 cdef struct Momentum:        # of one matrix, as a task works on it
     Py_ssize_t offset, K, N, ld
+    Py_ssize_t m_offset
     Py_ssize_t r, c          # those of X: the shorter side first
     Py_ssize_t rp            # r in whole panels
     float norm               # |X|
@@ -47,7 +49,7 @@ cdef struct Momentum:        # of one matrix, as a task works on it
 cdef Momentum momentum_of(const int32_t* matrix, float* work) noexcept nogil:
     """A matrix, with work (momentum_size) divided among its arrays."""
     cdef Momentum x
-    x.offset, x.K, x.N, x.ld = matrix[0], matrix[1], matrix[2], matrix[3]
+    x.offset, x.K, x.N, x.ld, x.m_offset = matrix[0], matrix[1], matrix[2], matrix[3], matrix[4]
     x.r, x.c, x.norm = min(x.K, x.N), max(x.K, x.N), 1
     x.rp = ceil_div(x.r, NR) * NR
     x.u = work
@@ -75,14 +77,14 @@ cdef inline Matrix x_of(const Momentum* x) noexcept nogil:
 cdef void accumulate_momentum(const Muon* k, const Momentum* x) noexcept nogil:
     """m = momentum m + (1 - momentum) g, and u, the same once more (Nesterov)."""
     cdef vf keep = vset(<float>k.momentum), take = vset(<float>((1 - k.momentum) * k.grad_scale)), g, m
-    cdef Py_ssize_t i, j, jb, n, at
+    cdef Py_ssize_t i, j, jb, n, at, m_at
     for i in range(x.K):
         for jb in range(ceil_div(x.N, VL)):
             j = jb * VL
-            n, at = x.N - j, x.offset + i * x.ld + j
+            n, at, m_at = x.N - j, x.offset + i * x.ld + j, x.m_offset + i * x.ld + j
             g = take * part(k.grad + at, n)
-            m = vfma(keep, part(k.m + at, n), g)
-            put(k.m + at, m, n)
+            m = vfma(keep, part(k.m + m_at, n), g)
+            put(k.m + m_at, m, n)
             put(x.u + i * x.N + j, vfma(keep, m, g), n)
             if k.zero_grad:
                 put(k.grad + at, vset(0), n)
@@ -246,7 +248,7 @@ cdef void muon_body(const void* call, const Member* me) noexcept nogil:
     cdef Py_ssize_t task = next_task(me)
     cdef Momentum x
     while task < k.count:
-        x = momentum_of(k.matrices + 4 * task, work)
+        x = momentum_of(k.matrices + MUON_ROW * task, work)
         accumulate_momentum(k, &x)
         gram_matrix(&x)
         inverse_root(&x)
@@ -259,32 +261,35 @@ cdef Py_ssize_t muon_size(const Muon* k) noexcept nogil:
     """Floats of a member's work space: that of the largest matrix, and whole cache lines."""
     cdef Py_ssize_t i, size = 0
     for i in range(k.count):
-        size = max(size, momentum_size(k.matrices[4 * i + 1], k.matrices[4 * i + 2]))
+        size = max(size, momentum_size(k.matrices[MUON_ROW * i + 1], k.matrices[MUON_ROW * i + 2]))
     return ceil_div(size, 16) * 16
 
 
 def muon_update(cnp.ndarray param, cnp.ndarray m, cnp.ndarray grad, cnp.ndarray matrices, double learning_rate,
                 double momentum, double weight_decay, bint cautious, double grad_scale, bint zero_grad, Py_ssize_t count,
-                Py_ssize_t n):
-    """One Muon update of some matrices that lie in param (n), with their momentum in m (n), in place. Jordan et al. 2024.
+                Py_ssize_t n, Py_ssize_t n_m):
+    """One Muon update of some matrices that lie in param (n), with their momentum in m (n_m), in place.
 
-    matrices (count, 4) int32: where each begins, its rows K (in) and columns N (out), and the length of a row of the
-    array that it is a part of; they must not overlap. grad (n) is multiplied by grad_scale first and, if zero_grad, the
-    part of it that belongs to the matrices is zeroed afterwards.
+    Jordan et al. 2024. matrices (count, 5) int32: where each begins, its rows K (in) and columns N (out), the length of a
+    row of the array that it is a part of, and where its momentum begins, whose rows are as long; they must not overlap.
+    grad (n) is multiplied by grad_scale first and, if zero_grad, the part of it that belongs to the matrices is zeroed
+    afterwards.
     """
     cdef Muon k
     cdef Arrays args
     cdef Py_ssize_t i
     args.n = 0
     k.param = output(&args, param, 1, n, "param")
-    k.m = output(&args, m, 1, n, "m")
+    k.m = output(&args, m, 1, n_m, "m")
     k.grad = output(&args, grad, 1, n, "grad")
-    k.matrices = <int32_t*>array(&args, matrices, cnp.NPY_INT32, count, 4, "matrices", False)
+    k.matrices = <int32_t*>array(&args, matrices, cnp.NPY_INT32, count, MUON_ROW, "matrices", False)
     k.learning_rate, k.momentum, k.weight_decay, k.grad_scale = learning_rate, momentum, weight_decay, grad_scale
     k.count, k.n, k.cautious, k.zero_grad = count, n, cautious, zero_grad
     check_overlap(&args)
     for i in range(count):
-        offset, K, N, ld = [k.matrices[4 * i + part] for part in range(4)]
-        if offset < 0 or K < 1 or N < 1 or N > ld or offset + (K - 1) * ld + N > n:
-            raise ValueError(f"matrix {i} of {K} x {N} elements at {offset}, rows {ld} apart, does not lie within {n}")
+        offset, K, N, ld, m_offset = [k.matrices[MUON_ROW * i + part] for part in range(MUON_ROW)]
+        if min(offset, m_offset) < 0 or K < 1 or N < 1 or N > ld or offset + (K - 1) * ld + N > n \
+                or m_offset + (K - 1) * ld + N > n_m:
+            raise ValueError(f"matrix {i} of {K} x {N} elements at {offset} and {m_offset}, rows {ld} apart, does not "
+                             f"lie within {n} and {n_m}")
     run(muon_body, &k, sizeof(k), n_threads * muon_size(&k) * sizeof(float), False)

@@ -88,6 +88,8 @@ cnp.import_array()
 cdef enum:
     MAX_THREADS = 1024  # more than any machine has: a typing error should not start a million
 
+TILE = SUM_TILE  # elements whose squares are one of `tile_squares`
+
 cdef int n_threads = omp_get_max_threads()
 
 
@@ -128,5 +130,6 @@ include "_rope.pxi"
 include "_attention.pxi"
 include "_rows.pxi"
 include "_cross_entropy.pxi"
+include "_sums.pxi"
 include "_optimizer.pxi"
 include "_muon.pxi"

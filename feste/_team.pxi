@@ -120,13 +120,18 @@ cdef class Recording:
     def __exit__(self, *error):
         set_recording(NULL)
 
-    def run(self):
-        """Execute all calls, in their order. Python's signal handlers get their turn every tenth of a second or so."""
-        cdef Py_ssize_t at = 0
+    def run(self, Py_ssize_t first=0, end=None):
+        """Execute the calls first .. end, all by default, in their order.
+
+        Python's signal handlers get their turn every tenth of a second or so.
+        """
+        cdef Py_ssize_t at = first, last = self.n if end is None else end
         cdef char* work = <char*>scratch(self.work)
-        while at < self.n:
+        if not 0 <= first <= last <= self.n:
+            raise ValueError(f"there are calls 0 .. {self.n}, not {first} .. {last}")
+        while at < last:
             with nogil:
-                at = replay(self.calls, at, self.n, omp_get_wtime() + 0.1, self.threads, work)
+                at = replay(self.calls, at, last, omp_get_wtime() + 0.1, self.threads, work)
             PyErr_CheckSignals()
 
     cdef int add(self, Body body, const void* arguments, size_t size, size_t work, bint alone) except -1:

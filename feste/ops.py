@@ -90,8 +90,10 @@ available_isas = [isa for isa in _cpu.supported() if _is_built(isa)]
 isa, isa_reason = _choose(os.environ.get("FESTE_ISA"))
 _kernels = load(isa)
 
+SUM_TILE = _kernels.TILE  # the same for every instruction set
 Recording = _kernels.Recording
 adamw_update = _kernels.adamw_update
+add = _kernels.add
 attention_backward = _kernels.attention_backward
 attention_decode = _kernels.attention_decode
 attention_forward = _kernels.attention_forward
@@ -129,6 +131,19 @@ round_bf16 = _kernels.round_bf16
 scatter_rows = _kernels.scatter_rows
 set_num_threads = _kernels.set_num_threads
 sum_of_squares = _kernels.sum_of_squares
+tile_squares = _kernels.tile_squares
+
+
+def use(name: str) -> None:
+    """From now on the kernels of another instruction set, by its name; ImportError if there is none for this CPU."""
+    global isa, isa_reason, _kernels
+    before, threads = _kernels, get_num_threads()
+    isa, isa_reason = _choose(name)[0], "as asked for"
+    _kernels = load(isa)
+    for kernel, value in list(globals().items()):
+        if value is getattr(before, kernel, _kernels):
+            globals()[kernel] = getattr(_kernels, kernel)
+    set_num_threads(threads)
 
 
 def _after_fork_in_child() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from feste import ops
 from feste.config import TrainConfig
 from feste.errors import FesteError
-from feste.params import ParameterTable
+from feste.params import Parameter, ParameterTable
 
 if TYPE_CHECKING:
     from feste.model import GPT2
@@ -50,12 +50,23 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 # ---- the optimizers ----------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """What AdamW updates in one go: where it lies in the flat buffers and in the moments, and whether it decays."""
+
+    flat: slice
+    m: slice
+    v: slice
+    whole_v: slice  # where it lies in the v of an optimizer that updates everything
+    decays: bool
+
+
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on a model's flat buffers.
 
     Matrices and embeddings decay, biases and norms do not; with cautious_decay only where the update goes towards zero,
-    too (Chen et al. 2025, arXiv:2510.12402). `m` and `v` are flat float32 arrays laid out like `model.flat_params`; `t`
-    counts the updates made. FesteError for a setting out of range.
+    too (Chen et al. 2025, arXiv:2510.12402). `m` and `v` are flat float32 arrays laid out like `model.flat_params`, or
+    those `ranges` of it that this optimizer has to update, end to end; `t` counts the updates made. outer: the momentum
+    of what ranks that train apart average, None where they do not. FesteError for a setting out of range.
 
     copy.copy has moments of its own and updates the same model; deepcopy and pickle take the model along, and of a
     model and its optimizer that are copied together, the new optimizer updates the new model.
@@ -77,13 +88,51 @@ class AdamW:
         self.weight_decay = weight_decay
         self.cautious_decay = bool(cautious_decay)
         self.v_table = self.second_moments(model.table)
-        self.m, self.v = ops.zeros(model.table.size), ops.zeros(self.v_table.size)
         self.t = 0
+        self.m, self.v = ops.zeros(model.table.size), ops.zeros(self.v_table.size)
+        self.ranges = [slice(0, model.table.size)]
+        self.parts = list(self.parts_of(self.ranges))
+        self.outer: np.ndarray | None = None
+
+    def begin_outer(self) -> None:
+        """Have an outer momentum, which begins as zero."""
+        if self.outer is None:
+            self.outer = ops.zeros(self.model.table.size)
+
+    def own(self, ranges: list[slice]) -> None:
+        """From now on update these ranges of the flat buffers, which are in order, and no others."""
+        m, v = self.m, self.v
+        self.ranges, self.parts = ranges, list(self.parts_of(ranges))
+        self.m = ops.zeros(sum(part.stop - part.start for part in ranges))
+        self.v = ops.zeros(sum(part.v.stop - part.v.start for part in self.parts))
+        self.take(m, v)
+
+    def take(self, m: np.ndarray, v: np.ndarray) -> None:
+        """Go on with moments out of those of all parameters, laid out as in a checkpoint."""
+        if self.m.size:
+            np.concatenate([m[part] for part in self.ranges], out=self.m)
+        for part in self.parts:
+            self.v[part.v] = v[part.whole_v]
+
+    def put(self, m: np.ndarray, v: np.ndarray, ranges: list[slice], own_m: np.ndarray, own_v: np.ndarray) -> None:
+        """Write the moments of some ranges, this optimizer's or another rank's, into those of all parameters."""
+        begin = 0
+        for part in ranges:
+            end = begin + part.stop - part.start
+            m[part] = own_m[begin:end]
+            begin = end
+        for part in self.parts_of(ranges):
+            v[part.whole_v] = own_v[part.v]
 
     @classmethod
     def second_moments(cls, table: ParameterTable) -> ParameterTable:
         """The table of `v`, for the parameters of a table."""
         return table
+
+    @staticmethod
+    def whole(parameter: Parameter) -> bool:
+        """Whether one rank must own all of a parameter, for its update is no matter of single elements."""
+        return False
 
     def settings(self) -> dict:
         """The settings by their names in TrainConfig."""
@@ -99,7 +148,7 @@ class AdamW:
     def __setstate__(self, state: dict) -> None:
         """A copy has moments of its own, which begin where a cache line begins."""
         self.__dict__ |= state
-        for name in ("m", "v"):
+        for name in ("m", "v") if self.outer is None else ("m", "v", "outer"):
             moment = ops.zeros(state[name].size)
             np.copyto(moment, state[name])
             setattr(self, name, moment)
@@ -120,32 +169,49 @@ class AdamW:
         if clip_norm is not None and not clip_norm > 0.0:
             raise FesteError(f"clip_norm must be positive or None, got {clip_norm}", "clip_norm")
         norm = math.sqrt(ops.sum_of_squares(self.model.flat_grads, self.model.table.size))
+        self.update(norm, learning_rate, clip_norm, zero_grad)
+        return norm
+
+    def update(self, norm: float, learning_rate: float, clip_norm: float | None, zero_grad: bool) -> None:
+        """`step`, with the norm of a gradient that may lie in several processes."""
         if not math.isfinite(norm):
-            return norm
+            return
         scale = min(1.0, clip_norm / norm) if clip_norm is not None and norm > 0.0 else 1.0
         self.t += 1
         self._update(learning_rate, scale, zero_grad)
-        return norm
 
     def _update(self, learning_rate: float, scale: float, zero_grad: bool) -> None:
         model = self.model
-        for part, of_v, decays in self._parts():
-            ops.adamw_update(model.flat_params[part], self.m[part], self.v[of_v], model.flat_grads[part],
-                             learning_rate, *self.betas, self.eps, self.weight_decay if decays else 0.0,
-                             self.cautious_decay, scale, self.t, zero_grad, part.stop - part.start)
+        for flat, m, v, _, decays in self.parts:
+            ops.adamw_update(model.flat_params[flat], self.m[m], self.v[v], model.flat_grads[flat], learning_rate,
+                             *self.betas, self.eps, self.weight_decay if decays else 0.0, self.cautious_decay, scale,
+                             self.t, zero_grad, flat.stop - flat.start)
 
-    def _parts(self) -> Iterator[tuple[slice, slice, bool]]:
-        """What AdamW updates, in as few parts as lie together: of the parameters, of v, and whether they decay."""
+    def parts_of(self, ranges: list[slice]) -> Iterator[Part]:
+        """What AdamW updates of some ranges, in as few parts as lie together."""
+        m_begin = v_begin = 0
+        for of in ranges:
+            for begin, end, whole_v, decays in self._segments():
+                first, last = max(begin, of.start), min(end, of.stop)
+                if first < last:
+                    size, m, whole = last - first, m_begin + first - of.start, whole_v + first - begin
+                    yield Part(slice(first, last), slice(m, m + size), slice(v_begin, v_begin + size),
+                               slice(whole, whole + size), decays)
+                    v_begin += size
+            m_begin += of.stop - of.start
+
+    def _segments(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Where parameters that AdamW updates lie together and all decay, or none: begin, end, place in v, which."""
         places = {p.name: p.offset for p in self.model.table}
         begin = end = v_begin = 0
         decays = True
         for p in self.v_table:
             if places[p.name] != end or p.decays != decays:
                 if end > begin:
-                    yield slice(begin, end), slice(v_begin, v_begin + end - begin), decays
+                    yield begin, end, v_begin, decays
                 begin, v_begin, decays = places[p.name], p.offset, p.decays
             end = places[p.name] + p.size
-        yield slice(begin, end), slice(v_begin, v_begin + end - begin), decays
+        yield begin, end, v_begin, decays
 
 
 class Muon(AdamW):
@@ -169,7 +235,24 @@ class Muon(AdamW):
             raise FesteError(f"matrix_decay must not be negative, got {matrix_decay}", "matrix_decay")
         super().__init__(model, betas, eps, weight_decay, cautious_decay)
         self.momentum, self.matrix_rate, self.matrix_decay = momentum, matrix_rate, matrix_decay
-        self._matrices = np.array(list(matrices_of(model.table)), np.int32)
+        self._matrices = np.array([[*matrix, m] for matrix, m in self._owned_matrices()], np.int32)
+
+    def own(self, ranges: list[slice]) -> None:
+        """From now on update these ranges of the flat buffers, in which matrices are whole, and no others."""
+        super().own(ranges)
+        self._matrices = np.array([[*matrix, m] for matrix, m in self._owned_matrices()], np.int32)
+
+    def _owned_matrices(self) -> Iterator[tuple[tuple[int, int, int, int], int]]:
+        """The matrices of `matrices_of` that lie in `ranges`, each with the place of its momentum in m."""
+        m_begin = 0
+        for of in self.ranges:
+            yield from ((matrix, m_begin + matrix[0] - of.start) for matrix in matrices_of(self.model.table)
+                        if of.start <= matrix[0] < of.stop)
+            m_begin += of.stop - of.start
+
+    @staticmethod
+    def whole(parameter: Parameter) -> bool:
+        return parameter.hidden
 
     @classmethod
     def second_moments(cls, table: ParameterTable) -> ParameterTable:
@@ -184,9 +267,10 @@ class Muon(AdamW):
     def _update(self, learning_rate: float, scale: float, zero_grad: bool) -> None:
         model, rising = self.model, min(1.0, self.t / MOMENTUM_STEPS)
         momentum = min(self.momentum, FIRST_MOMENTUM) * (1.0 - rising) + self.momentum * rising
-        ops.muon_update(model.flat_params, self.m, model.flat_grads, self._matrices, self.matrix_rate * learning_rate,
-                        momentum, self.matrix_decay, self.cautious_decay, scale, zero_grad, len(self._matrices),
-                        model.table.size)
+        if len(self._matrices):
+            ops.muon_update(model.flat_params, self.m, model.flat_grads, self._matrices,
+                            self.matrix_rate * learning_rate, momentum, self.matrix_decay, self.cautious_decay, scale,
+                            zero_grad, len(self._matrices), model.table.size, self.m.size)
         super()._update(learning_rate, scale, zero_grad)
 
 

@@ -28,6 +28,7 @@ GELU_SCALE = np.sqrt(2.0 / np.pi)  # the tanh form of GELU: Hendrycks and Gimpel
 GELU_CUBIC = 0.044715
 LAYERNORM_EPS = 1e-5
 RMSNORM_EPS = 1e-5
+SUM_TILE = 8192  # elements whose squares are added up before they join a sum
 MUON_POLES = ((0.04471, 0.0004537), (0.99472, 0.2245848))  # (w, p): the least largest error of s from 1e-4 to 1
 
 
@@ -392,6 +393,18 @@ def cross_entropy_backward(dlogits, logits, targets, lse, scale, rows, V):
 # ---- the optimizer -----------------------------------------------------------------------------------------
 
 
+def add(out, x, clear, n):
+    """out (n) += x (n), which is zeroed on the way if clear."""
+    out += x
+    if clear:
+        x[:] = 0.0
+
+
+def tile_squares(out, x, n):
+    """out (ceil(n / SUM_TILE)) = the sum of the squares of each tile of x (n)."""
+    out[:] = np.add.reduceat(np.square(x.reshape(-1), dtype=np.float64), np.arange(0, n, SUM_TILE))
+
+
 def sum_of_squares(x, n):
     """The sum of x (n) squared, in float64: the square of its norm."""
     return float(np.sum(np.square(x.reshape(-1), dtype=np.float64)))
@@ -422,18 +435,20 @@ def _decaying(param, update, cautious):
 
 
 def muon_update(param, m, grad, matrices, learning_rate, momentum, weight_decay, cautious, grad_scale, zero_grad, count,
-                n):
-    """One Muon update, in place, of the matrices in param (n), with their momentum in m (n). Jordan et al. 2024.
+                n, n_m):
+    """One Muon update, in place, of the matrices in param (n), with their momentum in m (n_m). Jordan et al. 2024.
 
-    matrices (count, 4): where each begins, its rows K and columns N, and the length of a row of the array that it is a
-    part of. X is the momentum with the gradient once more (Nesterov), with its shorter side first and of norm one; the
-    update is (X X^T)^-1/2 X, nearly orthogonal, where s^-1/2 is taken to be the sum of w / (s + p) over MUON_POLES.
+    matrices (count, 5): where each begins, its rows K and columns N, the length of a row of the array that it is a part
+    of, and where its momentum begins. X is the momentum with the gradient once more (Nesterov), with its shorter side
+    first and of norm one; the update is (X X^T)^-1/2 X, nearly orthogonal, where s^-1/2 is taken to be the sum of
+    w / (s + p) over MUON_POLES.
     """
-    for offset, K, N, ld in matrices.reshape(count, 4):
-        places = offset + np.arange(K)[:, None] * ld + np.arange(N)
+    for offset, K, N, ld, m_offset in matrices.reshape(count, 5):
+        within = np.arange(K)[:, None] * ld + np.arange(N)
+        places, m_places = offset + within, m_offset + within
         g = (1.0 - momentum) * grad_scale * grad[places]
-        m[places] = momentum * m[places] + g
-        u = momentum * m[places] + g
+        m[m_places] = momentum * m[m_places] + g
+        u = momentum * m[m_places] + g
         x = u.T if N <= K else u
         x = x / (np.linalg.norm(x) or 1.0)
         gram, one = x @ x.T, np.eye(len(x))

@@ -347,6 +347,12 @@ def optimizer_cases() -> Iterator[Case]:
     for n in (1, 15, 16, 17, 8193, 40_000):
         yield Case("sum_of_squares", {"x": normal(n), "n": n}, (), lambda args, results: {
             "return": relative_bound(results["return"], min(args["n"], 8192), 0.0)}, str(n))
+        yield Case("tile_squares", {"out": np.ones(-(-n // reference.SUM_TILE)), "x": normal(n), "n": n}, ("out",),
+                   lambda args, results: {"out": relative_bound(results["out"], min(args["n"], 8192), 0.0)}, str(n))
+        for clear in (False, True):
+            yield Case("add", {"out": normal(n), "x": normal(n), "clear": clear, "n": n},
+                       ("out", "x") if clear else ("out",),
+                       lambda args, results: {"out": U * np.abs(results["out"]), "x": 0.0}, f"{n}{'-clear' * clear}")
         for zero_grad in (False, True):
             hyper = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
                      "cautious": zero_grad, "grad_scale": 0.7, "t": 3, "zero_grad": zero_grad}
@@ -366,24 +372,26 @@ def muon_cases() -> Iterator[Case]:
     shapes = [(1, 1), (3, 5), (5, 3), (64, 64), (17, 600), (600, 33), (100, 40)]
     for sides, parts in [*((shape, 1) for shape in shapes), ((48, 40), 3)]:
         (K, N), n = sides, 7 + sides[0] * sides[1] * parts
-        matrices = np.array([[7 + part * N, K, N, parts * N] for part in range(parts)], np.int32)
+        matrices = np.array([[7 + part * N, K, N, parts * N, 3 + part * N] for part in range(parts)], np.int32)
 
         def bounds(args, results):
             """An inverse by Cholesky loses the condition in accuracy: Higham 2002, theorems 10.3 and 14.1."""
             worst = np.zeros(args["n"])
-            for offset, K, N, ld in args["matrices"]:
-                places = offset + np.arange(K)[:, None] * ld + np.arange(N)
-                u = args["grad"][places] * args["grad_scale"] + results["m"][places]
+            for offset, K, N, ld, m_offset in args["matrices"]:
+                within = np.arange(K)[:, None] * ld + np.arange(N)
+                places = offset + within
+                u = args["grad"][places] * args["grad_scale"] + results["m"][m_offset + within]
                 x = u.T if N <= K else u
                 gram = x @ x.T / np.linalg.norm(x)**2
                 condition = np.linalg.cond(gram + reference.MUON_POLES[0][1] * np.eye(len(gram)))
                 loss = SAFETY * np.sqrt(len(gram) + max(K, N)) * U * condition
                 worst[places] = args["learning_rate"] * max(1, N / K) ** 0.5 * loss
-            size = np.abs(args["m"]) + np.abs(args["grad"])
+            size = np.abs(args["m"])
+            size[3:] += np.abs(args["grad"][7:])
             return {"param": worst + 4 * U * np.abs(args["param"]), "m": 8 * U * size, "grad": 0.0}
-        yield Case("muon_update", {"param": normal(n), "m": normal(n), "grad": normal(n), "matrices": matrices,
+        yield Case("muon_update", {"param": normal(n), "m": normal(n - 4), "grad": normal(n), "matrices": matrices,
                                    "learning_rate": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "cautious": parts > 1,
-                                   "grad_scale": 0.7, "zero_grad": K > N, "count": parts, "n": n},
+                                   "grad_scale": 0.7, "zero_grad": K > N, "count": parts, "n": n, "n_m": n - 4},
                    ("param", "m", "grad"), bounds, f"{K}x{N}{f'x{parts}' if parts > 1 else ''}")
 
 

@@ -16,6 +16,7 @@ from feste import ops, reference
 
 CASES = all_cases()
 CANARY = np.float32(-7.25e11)
+EDGE = 72  # bytes of canaries on either side: not the beginning of a cache line
 MACHINE_ONLY = {"set_num_threads", "get_num_threads", "peak_flops", "Recording"}  # nothing to specify
 
 
@@ -28,8 +29,9 @@ def kernels(request):
 
 def guarded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A copy of x between canaries, at an address that is aligned to its elements only."""
-    room = np.full(x.size + 34, CANARY, np.float32).view(x.dtype)
-    inner = room[17:17 + x.size]
+    lead = EDGE // x.itemsize
+    room = np.full((x.nbytes + 2 * EDGE) // 4, CANARY, np.float32).view(x.dtype)
+    inner = room[lead:lead + x.size]
     inner[:] = x.reshape(-1)
     return inner.reshape(x.shape), room
 
@@ -46,7 +48,8 @@ def run(module, case: Case, dtype: type) -> dict[str, np.ndarray]:
             args[name] = value.copy() if value.dtype == np.int32 else value.astype(dtype)
     returned = getattr(module, case.kernel)(**args)
     for name, room in rooms.items():
-        edge = np.concatenate([room[:17], room[-17:]]).view(np.float32)
+        bytes_of = room.view(np.uint8)
+        edge = np.concatenate([bytes_of[:EDGE], bytes_of[-EDGE:]]).view(np.float32)
         assert (edge == CANARY).all(), f"{case} wrote outside {name}"
         if name not in case.outputs:
             assert args[name].tobytes() == case.args[name].tobytes(), f"{case} changed its input {name}"
@@ -219,7 +222,7 @@ def broken(x: np.ndarray) -> dict[str, object]:
     """What an array argument must not be."""
     flat = np.zeros(2 * x.size + 4, x.dtype)
     unaligned = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype)[:x.size].reshape(x.shape)
-    cases = {"another dtype": x.astype(np.float64), "too short": x.reshape(-1)[:-1], "empty": x.reshape(-1)[:0],
+    cases = {"another dtype": np.zeros(x.shape, np.int64), "too short": x.reshape(-1)[:-1], "empty": x.reshape(-1)[:0],
              "strided": flat[:2 * x.size:2].reshape(x.shape) if x.size > 1 else None, "unaligned": unaligned,
              "big-endian": x.astype(x.dtype.newbyteorder(">"))}
     if x.ndim == 2 and min(x.shape) > 1:
@@ -270,11 +273,11 @@ def test_overlapping_outputs_are_refused(kernels, case):
         if output == other or (case.kernel, output, other) in MAY_BE or (case.kernel, other, output) in MAY_BE:
             continue
         a, b = arrays[output], arrays[other]
-        room = np.zeros(a.size + b.size, np.float32)
-        shifted = room[a.size - 1:a.size - 1 + b.size].view(b.dtype).reshape(b.shape)  # one element in common
-        shifted[...] = 0
+        room = np.zeros(a.nbytes + b.nbytes, np.uint8)
+        begin = a.nbytes - max(a.itemsize, b.itemsize)  # one element in common
+        first, shifted = room[:a.nbytes].view(a.dtype), room[begin:begin + b.nbytes].view(b.dtype).reshape(b.shape)
         with pytest.raises(ValueError, match="overlap"):
-            getattr(kernels, case.kernel)(**(case.args | {output: room[:a.size].reshape(a.shape), other: shifted}))
+            getattr(kernels, case.kernel)(**(case.args | {output: first.reshape(a.shape), other: shifted}))
             pytest.fail(f"{case.kernel} took {output} that overlaps {other}")
 
 

@@ -225,7 +225,8 @@ def test_round_bf16():
 def test_muon_moves_at_the_same_rate_in_all_directions(K, N):
     """The singular values of the update are one, within 15 %, and its directions the gradient's."""
     param, m, grad = np.zeros(K * N), np.zeros(K * N), normal(K * N)
-    reference.muon_update(param, m, grad, np.array([[0, K, N, N]]), 1.0, 0.5, 0.0, False, 1.0, False, 1, K * N)
+    reference.muon_update(param, m, grad, np.array([[0, K, N, N, 0]]), 1.0, 0.5, 0.0, False, 1.0, False, 1, K * N,
+                          K * N)
     lengths = np.linalg.svd(param.reshape(K, N) / max(1.0, N / K) ** 0.5, compute_uv=False)
     assert lengths.min() > 0.85 and lengths.max() < 1.15
     u, _, v = np.linalg.svd(grad.reshape(K, N), full_matrices=False)
@@ -236,7 +237,8 @@ def test_muon_moves_at_the_same_rate_in_all_directions(K, N):
 def test_muon_takes_a_matrix_out_of_a_larger_one_and_leaves_the_rest():
     param, m, grad = normal(40), np.zeros(40), normal(40)
     before = param.copy()
-    reference.muon_update(param, m, grad, np.array([[3, 4, 2, 9]]), 0.1, 0.9, 0.0, False, 1.0, True, 1, 40)
+    reference.muon_update(param, m, grad, np.array([[3, 4, 2, 9, 3]]), 0.1, 0.9, 0.0, False, 1.0, True, 1, 40,
+                          40)
     inside = {3 + 9 * i + j for i in range(4) for j in range(2)}
     for i in range(40):
         assert (param[i] != before[i]) == (m[i] != 0.0) == (grad[i] == 0.0) == (i in inside)
