@@ -3,7 +3,8 @@
 The rule comes from the grid of runs in docs/LEARNING.md: of the shapes below, the largest that sees
 TOKENS_PER_PARAMETER tokens for each of its parameters in the time, at the speed that is measured here. A smaller one
 has learned what it can before the time is over; a larger one has not begun to. A text that is read many times needs
-dropout.
+dropout; and as no dropout keeps a large model from learning a short text by heart, neither the parameters nor the
+passes over it are more than MOST_PARAMETERS and MOST_PASSES, however much time there is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FEWEST_STEPS = 100
 VOCABULARIES = ((1.5e6, 512, 1.9), (10e6, 1024, 2.4), (50e6, 4096, 3.2), (float("inf"), 16_384, 3.8))
 DROPOUTS = ((4.0, 0.0), (20.0, 0.1))  # up to so many passes over the text
 MOST_DROPOUT = 0.2
+MOST_PARAMETERS = 8.0   # for each token of the text
+MOST_PASSES = 12.0      # over it
 TIMED_SECONDS = 1.0     # of steps of each shape, and one step at least
 
 
@@ -53,28 +56,32 @@ def choose(characters: int, minutes: float, precision: str | None = None,
     vocab_size, length = next((size, length) for most, size, length in VOCABULARIES if characters <= most)
     tokens = characters / length
     ops.set_num_threads(threads)
-    best = None
+    best, by_heart = None, False
     for shape in LADDER:
         if tokens < 20 * shape.block_size:
             break
         config = Config(vocab_size, shape.n_embd, shape.n_layers, shape.n_heads, shape.block_size, arch="modern")
         seconds = seconds_per_step(config, shape.batch_size, precision)
-        steps = int(USABLE * 60.0 * minutes / seconds)
-        enough = steps * shape.batch_size * shape.block_size >= TOKENS_PER_PARAMETER * ParameterTable(config).size
-        if best is not None and not enough:
+        steps, size = int(USABLE * 60.0 * minutes / seconds), ParameterTable(config).size
+        enough = steps * shape.batch_size * shape.block_size >= TOKENS_PER_PARAMETER * size
+        by_heart = size > MOST_PARAMETERS * tokens
+        if best is not None and (by_heart or not enough):
             break
         best = shape, config, seconds, max(FEWEST_STEPS, steps)
     if best is None:
         raise FesteError(f"the text has only {characters:,} characters; even the smallest model needs more", "data")
-    shape, config, seconds, steps = best
+    shape, config, seconds, possible = best
+    most = max(FEWEST_STEPS, int(MOST_PASSES * tokens / (shape.batch_size * shape.block_size)))
+    steps = min(possible, most)
     parameters, seen = ParameterTable(config).size, steps * shape.batch_size * shape.block_size
     passes = seen / tokens
     dropout = next((rate for most, rate in DROPOUTS if passes <= most), MOST_DROPOUT)
     preset = _preset(replace(config, dropout=dropout), shape, steps, precision)
+    why = ("more, or a larger model, would learn a text of this length by heart" if steps < possible or by_heart else
+           f"a larger model would see fewer than {TOKENS_PER_PARAMETER:g}, and end worse")
     lines = [f"best for {minutes:g} min: a step of {parameters:,} parameters takes {1e3 * seconds:.3g} ms here, so "
-             f"there is time for {steps:,} steps, {duration(steps * seconds)}",
-             f"they see {seen / parameters:.1f} tokens for each parameter; a larger model would see fewer than "
-             f"{TOKENS_PER_PARAMETER:g}, and end worse",
+             f"there is time for {possible:,} steps; {steps:,} are planned, {duration(steps * seconds)}",
+             f"they see {seen / parameters:.1f} tokens for each parameter; {why}",
              f"the text is read {passes:.1f} times, so dropout is {dropout:g}; {vocab_size:,} tokens suit its length"]
     return preset, lines
 

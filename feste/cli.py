@@ -7,11 +7,14 @@ errors name fields and arguments; what the flags for them are called is known he
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
 import sys
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -20,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from feste import launcher
+
 try:
     from feste import ops
 except ImportError as error:  # the kernels are not compiled, or not for this CPU, or FESTE_ISA names none
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-from feste import best, plan
+    launcher.give_up(f"error: {error}", 2)
+from feste import best, parallel, plan
 from feste.arguments import Parser
 from feste.config import ARCHITECTURES, FINETUNE, PRESETS, Config, Preset, TrainConfig
 from feste.config import CHOICES as TRAIN_CHOICES
@@ -57,7 +61,7 @@ MANY_PASSES = 8
 BEST = "best"  # the preset that is made and not listed
 FLAGS = {"num_steps": "--steps"}  # the other flags are the field names
 HINTS = {"run_dir": "choose another directory with --run-dir", "resume": "continue a run with --resume DIR",
-         "data": "name a text file with --data FILE",
+         "data": "name a text file with --data FILE", "isa": "set a common one with --isa NAME",
          "tokenizer_file": "name it with --tokenizer PATH (tokenizer.json, or a directory with vocab.json and "
                            "merges.txt), or begin with the model it was made for, --from MODEL",
          "prepare": "make a directory of tokens with `feste prepare FILE... -o DIR`, for --data DIR"}
@@ -97,11 +101,23 @@ def make_parser(prog: str = "feste train") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "feste train") -> int:
     """`feste train`. Returns the exit code."""
-    args = make_parser(prog).parse_args(argv)
-    if args.list_presets:
-        print(list_presets())
-        return 0
-    return guarded(lambda: run_training(_preset(args), args))
+    with launcher.only_first_speaks():
+        args = make_parser(prog).parse_args(argv)
+        if args.list_presets:
+            print(list_presets())
+            return 0
+    return guarded(lambda: _begun(args) or run_training(_preset(args), args))
+
+
+def _begun(args: argparse.Namespace) -> None:
+    """The ranks come together, and all but the first are silent from here on; the kernels are those asked for."""
+    if not parallel.world().first:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if args.isa is not None and args.isa != ops.isa:
+        try:
+            ops.use(args.isa)
+        except ImportError as error:
+            raise FesteError(str(error).replace("FESTE_ISA=", "--isa ")) from None
 
 
 def _preset(args: argparse.Namespace) -> Preset:
@@ -125,7 +141,9 @@ def run_preset(name: str, argv: Sequence[str] | None = None, loop: Callable[[Run
     """
     parser = Parser(description=f"Train the {name} model: {PRESETS[name].summary}.")
     add_flags(parser, PRESETS[name])
-    return guarded(lambda: run_training(PRESETS[name], parser.parse_args(argv), loop))
+    with launcher.only_first_speaks():
+        args = parser.parse_args(argv)
+    return guarded(lambda: _begun(args) or run_training(PRESETS[name], args, loop))
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -135,28 +153,52 @@ def guarded(action: Callable[[], int], hints: Mapping[str, str] = HINTS) -> int:
     """Run an action; turn what a user can mend into one line on standard error, and warnings into a line each.
 
     hints: what to say about the parameters that an error names, for programs with other flags than those of training.
+    Of several ranks with the same trouble the first one says it, and one that is alone with it ends the job.
     """
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: print(f"note: {message}")
+        code, line = _outcome(action, hints)
+    team = parallel.current()
+    if line is not None:
+        team.give_up(line.removeprefix("error: "))
+    if line is None or team.all_here(parallel.LAST_WORDS_SECONDS):
+        _say(line if team.first else None)
+        team.leave()
+    else:
+        _say(line.replace(": ", f": {team.me}: ", 1))
+        team.abort(code)
+    return code
+
+
+def _say(line: str | None) -> None:
+    if line is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _outcome(action: Callable[[], int], hints: Mapping[str, str]) -> tuple[int, str | None]:
+    """The exit code of an action, and the line about what went wrong, if something did."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where: print(f"note: {message}")
-            return action()
+        return action(), None
     except BrokenPipeError:
         discard_output()
-        return 1
+        return 1, None
     except (ValueError, OSError) as error:
-        print(f"error: {explain(error, hints)}", file=sys.stderr)
-        return 2
+        return 2, f"error: {explain(error, hints)}"
     except MemoryError as error:
-        print(f"error: not enough memory ({error}); choose a smaller model, --batch-size or --seq-len", file=sys.stderr)
-        return 2
+        return 2, f"error: not enough memory ({error}); choose a smaller model, --batch-size or --seq-len"
     except TrainingDiverged as error:
-        print(f"error: training diverged at {error}", file=sys.stderr)
-        return 1
+        return 1, f"error: training diverged at {error}"
+    except parallel.RankLost as error:
+        return 1, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return 130, "interrupted"
+    except Exception as error:
+        if parallel.current().size == 1:
+            raise
+        traceback.print_exc()  # a defect: the others must not wait for this rank
+        return 1, f"error: {type(error).__name__}: {error}"
 
 
 def explain(error: Exception, hints: Mapping[str, str] = HINTS) -> str:
@@ -188,6 +230,8 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
                      help=f"give the figures to others, too: {', '.join(MODULES)} (offline)")
     run.add_argument("--on-event", metavar="CMD", help="a shell command for the end of the run, failure, NaN and a "
                      "stall: it finds FESTE_EVENT, FESTE_RUN, FESTE_STEP, FESTE_MESSAGE in its environment")
+    run.add_argument("--isa", choices=ops.ISAS, help="the instruction set of the kernels (default: the best that this "
+                     "CPU supports); ranks on different CPUs need a common one, for bits differ")
     run.add_argument("--dry-run", action="store_true", help="print sizes, memory, disk and time, then exit")
     text.add_argument("--data", metavar="FILE", help="a text file, used whole; a directory of `feste prepare`, of "
                       "nanoGPT's or llm.c's tokens; or a .jsonl of questions and answers (default: Shakespeare, as "
@@ -230,13 +274,16 @@ def _named(args: argparse.Namespace, cls: type) -> dict:
 
 def run_training(preset: Preset, args: argparse.Namespace, loop: Callable[[Run], None] | None = None) -> int:
     """Plan the run that the flags describe, say what it is, and carry it out. Returns the exit code."""
+    team = parallel.world()
     require_loggers(args.log_to)
     the_plan = _plan(preset, args)
     announce(the_plan)
-    _refuse_full_disk(the_plan)
+    team.on_first(lambda: _refuse_full_disk(the_plan))
     if args.dry_run:
         print_estimate(the_plan)
         return 0
+    if not team.first:
+        return _exit_code(train(the_plan, loop=loop))
     listeners = Listeners(Progress(the_plan.config, start=the_plan.state.step), the_plan.run_dir,
                           the_plan.model.config.to_dict() | the_plan.config.to_dict(), args.log_to, args.on_event)
     with listeners:
@@ -246,6 +293,7 @@ def run_training(preset: Preset, args: argparse.Namespace, loop: Callable[[Run],
 
 
 def _plan(preset: Preset, args: argparse.Namespace) -> Plan:
+    team = parallel.world()
     if args.resume is not None:
         return _resumed(args)
     source = _source(preset, args)
@@ -258,16 +306,20 @@ def _plan(preset: Preset, args: argparse.Namespace) -> Plan:
     if source.data is not None and args.sample_prompt is None:  # the default is Shakespeare's
         prompts = data.sample_prompts(config, tokenizer, 1)
         config = replace(config, sample_prompt=prompts[0]) if prompts and prompts[0] else config
-    the_plan = plan.new(model, tokenizer, data, config, args.run_dir, info=info)
-    if the_plan.run_dir is None:
-        the_plan.run_dir = _new_directory(preset, source, args.dry_run)
+    parallel.require_shares(config, team.size)
+    the_plan = plan.new(model, tokenizer, data, config, info=info)
+    if args.run_dir is None:
+        the_plan.run_dir = team.on_first(lambda: _new_directory(preset, source, args.dry_run))
+    else:
+        team.on_first(lambda: plan.require_new(args.run_dir))
+        the_plan.run_dir = args.run_dir
     return the_plan
 
 
 def _fresh(preset: Preset, args: argparse.Namespace, source: Source):
     """Model, tokenizer, tokens or pairs, and configuration of a run from nothing."""
     if args.run_dir is not None:
-        plan.require_new(args.run_dir)  # before the tokenizer takes its time
+        parallel.world().on_first(lambda: plan.require_new(args.run_dir))  # before the tokenizer takes its time
     model_config = replace(preset.model, **_named(args, Config))
     config = _train_config(preset, model_config, args, source)
     data, tokenizer = source.load(model_config.vocab_size)
@@ -340,11 +392,12 @@ def _resumed(args: argparse.Namespace) -> Plan:
     for name in ("checkpoint", "tokenizer", "tokenizer_chars"):
         if getattr(args, name, None) is not None:
             raise FesteError(f"{flag(name)} is for new runs, and --resume continues one; leave one of them out")
-    checkpoint = plan.checkpoint_to_resume(args.resume, args.run_dir)
+    team = parallel.world()
+    checkpoint = parallel.shared_checkpoint(team, lambda: plan.checkpoint_to_resume(args.resume, args.run_dir))
     saved = plan.require_resumable(checkpoint)
     named = _named(args, TrainConfig)
     plan.require_same_run(saved, checkpoint.model.config, named, _named(args, Config))
-    info = read_info(checkpoint.path.parent)
+    info = team.on_first(lambda: read_info(checkpoint.path.parent))
     source = Source.of_run(info)
     if args.data is not None:
         source = replace(source or Source(), data=str(Path(args.data).absolute()))
@@ -357,7 +410,9 @@ def _resumed(args: argparse.Namespace) -> Plan:
     kept = {"name": info.get("name", "resumed"), "source": args.data or info.get("source", str(source)),
             "data_flags": source.to_dict()}
     kept |= {"parent": info["parent"]} if "parent" in info else {}
-    return plan.resumed(checkpoint, data, replace(saved, **named), args.run_dir or checkpoint.path.parent, kept)
+    config = replace(saved, **named)
+    parallel.require_shares(config, team.size)
+    return plan.resumed(checkpoint, data, config, args.run_dir or checkpoint.path.parent, kept)
 
 
 # ---- start and end -----------------------------------------------------------------------------------------
@@ -365,8 +420,8 @@ def _resumed(args: argparse.Namespace) -> Plan:
 
 def announce(the_plan: Plan) -> None:
     """The start-up lines."""
-    c, t = the_plan.model.config, the_plan.config
-    ops.set_num_threads(t.threads)
+    c, t, team = the_plan.model.config, the_plan.config, parallel.world()
+    ops.set_num_threads(t.threads or team.threads())
     for note in the_plan.notes:
         print(note)
     parent = the_plan.info.get("parent")
@@ -375,6 +430,8 @@ def announce(the_plan: Plan) -> None:
           f"{'tied' if c.tie_weights else 'untied'} head{', modern layers' if c.arch == 'modern' else ''})"
           + (f", from step {parent['step']} of {parent['checkpoint']}" if parent else ""))
     print(f"kernels: {ops.isa} ({ops.isa_reason}), {ops.get_num_threads()} threads, {t.precision}")
+    if team.size > 1:
+        print(f"ranks: {describe_ranks(team, t)}")
     if ops.get_num_threads() > useful_threads():
         print(f"note: {ops.get_num_threads()} threads have the time of {useful_threads()} cores, so they wait for each "
               "other; leave --threads out")
@@ -390,6 +447,15 @@ def announce(the_plan: Plan) -> None:
     if advice := repetition_advice(the_plan, passes):
         print(f"note: {advice}")
     sys.stdout.flush()
+
+
+def describe_ranks(team: parallel.Team, config: TrainConfig) -> str:
+    """How many processes there are, where, and what each does."""
+    hosts = Counter(peer.host for peer in team.peers)
+    where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
+    each = config.accumulation // team.size
+    how = f"apart for {config.sync_every} steps at a time" if config.sync_every else "in step"
+    return f"{team.size} ({where}), each with {each} of the {config.accumulation} mini-batches of a step, {how}"
 
 
 def repetition_advice(the_plan: Plan, passes: float) -> str | None:
@@ -429,10 +495,11 @@ class _Enough(Exception):
 def print_estimate(the_plan: Plan) -> None:
     """Memory, and the time of the first steps of the run itself, scaled. It has no directory, so it writes nothing."""
     t, model, speeds, first = the_plan.config, the_plan.model, [], the_plan.state.step
-    tokens = the_plan.data.tokens_per_step(t)
+    tokens, team, waited = the_plan.data.tokens_per_step(t), parallel.world(), []
 
     def stop_soon(record: dict) -> None:
         speeds.append(record["tokens_per_second"])
+        waited.append(team.waited)
         if len(speeds) > TIMED_STEPS:
             raise _Enough
 
@@ -441,12 +508,28 @@ def print_estimate(the_plan: Plan) -> None:
         train(the_plan, stop_soon)
     per_second = float(np.median(speeds[1:] or speeds)) / tokens  # the first one also takes the memory
     steps = t.num_steps - first
-    print(f"memory: about {model.memory_bytes(t.batch_size, t.seq_len) / 1e6:,.0f} MB to train, and "
+    needed = model.memory_bytes(t.batch_size, t.seq_len) + parallel.more_bytes(team, model, t)
+    print(f"memory: about {needed / 1e6:,.0f} MB to train, and "
           f"{12 * model.num_parameters() / 1e6:,.0f} MB for the snapshot that is being saved")
     speed = f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
     print(f"time: {speed} steps a second, so {duration(steps / per_second)} for {steps:,} steps, "
           "without validation and samples")
+    if team.size > 1:
+        print(_of_the_wire(team, the_plan, float(np.median(np.diff(waited))), 1.0 / per_second))
     print("dry run: no run directory was made")
+
+
+def _of_the_wire(team: parallel.Alone, the_plan: Plan, waited: float, step: float) -> str:
+    """What the ranks send each other, and what it costs: from steps and a link that were measured just now."""
+    config, link = the_plan.config, team.link()
+    sent = parallel.sent_bytes(team, the_plan.model, config)
+    now_and_then = f", on average of {config.sync_every} steps" if config.sync_every else ""
+    if config.sync_every:
+        waited = sent / link
+        step += waited
+    return (f"ranks: each sends {sent / 1e6:,.1f} MB a step{now_and_then}, which takes {1e3 * sent / link:,.3g} ms at "
+            f"the {link / 1e6:,.0f} MB a second measured here; {waited / step:.0%} of a step is spent waiting, "
+            f"so {team.size} ranks do the work of {team.size * (1.0 - waited / step):.1f}")
 
 
 def finish(the_plan: Plan, result: TrainResult) -> int:
@@ -458,7 +541,7 @@ def finish(the_plan: Plan, result: TrainResult) -> int:
         print(f"{result.skipped_steps} steps were skipped because their loss or gradient was not finite")
     if result.signal is not None and result.state == "interrupted":
         print(f"continue with: {training_command()} --resume {shlex.quote(str(result.run_dir))}")
-        return 128 + result.signal
+        return _exit_code(result)
     print(_held_out(the_plan))
     show_samples(the_plan)
     print(f"\nrun directory: {result.run_dir} ({result.saves} saves held the training up for "
@@ -466,6 +549,10 @@ def finish(the_plan: Plan, result: TrainResult) -> int:
     run_dir = shlex.quote(str(result.run_dir))
     print(f"talk to it:    {program()} repl {run_dir}\nits curves:    {program()} plot {run_dir} -o loss.png")
     return 0
+
+
+def _exit_code(result: TrainResult) -> int:
+    return 128 + result.signal if result.signal is not None and result.state == "interrupted" else 0
 
 
 def program() -> str:
@@ -480,10 +567,11 @@ def program() -> str:
 
 def training_command() -> str:
     """What was called: a script of one's own, or `feste train`."""
-    script = Path(sys.argv[0])
+    script, ranks = Path(sys.argv[0]), parallel.current().size
+    mpiexec = f"mpiexec -n {ranks} " if ranks > 1 else ""
     if script.suffix == ".py" and script.name != "__main__.py":
-        return f"python {shlex.quote(sys.argv[0])}"
-    return f"{program()} train"
+        return f"{mpiexec}python {shlex.quote(sys.argv[0])}"
+    return f"{mpiexec}{program()} train"
 
 
 def _held_out(the_plan: Plan) -> str:

@@ -93,7 +93,7 @@ IGNORED = -100                                    # a target that the loss does 
 PRECISIONS = ("fp32", "bf16")                     # of training
 GENERATION_PRECISIONS = (*PRECISIONS, "int8")     # of a model that is only asked
 CHOICES = {"precision": PRECISIONS, "on_nan": ("stop", "skip"), "schedule": ("cosine", "linear", "wsd"),
-           "optimizer": ("adamw", "muon")}
+           "optimizer": ("adamw", "muon"), "wire": ("fp32", "bf16")}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TrainConfig:
     learning_rate: float = _dial(3e-3, "peak learning rate, reached after the warm-up")
     seq_len: int = _dial(64, "tokens per sequence, at most the model's block_size")
     batch_size: int = _dial(8, "sequences per mini-batch")
-    accumulation: int = _dial(1, "mini-batches whose gradients are added up for one optimizer step")
+    accumulation: int = _dial(1, "mini-batches whose gradients are added up for one optimizer step, by all ranks")
     warmup_fraction: float = _dial(0.1, "share of the steps in which the learning rate rises linearly")
     warmup_steps: int = _dial(0, "steps of the warm-up, instead of a share of all; 0 for warmup_fraction")
     schedule: str = _dial("cosine", "how the learning rate falls after the warm-up: cosine, linear, or wsd, which "
@@ -134,6 +134,10 @@ class TrainConfig:
     seed: int = _dial(1337, "seed of the batches, dropout and the samples, and of a new model's initial weights")
     precision: str = _dial("fp32", "fp32, or bf16 to round matrix-product inputs to bfloat16")
     threads: int = _dial(0, "threads of the kernels, 0 for one per available core")
+    wire: str = _dial("fp32", "numbers on the wire between ranks: fp32, or bf16 for half the bytes and other bits")
+    sync_every: int = _dial(0, "steps that ranks train apart before they average, for slow networks; 0 for in step")
+    outer_rate: float = _dial(0.7, "sync_every: learning rate of the average")
+    outer_momentum: float = _dial(0.9, "sync_every: Nesterov momentum of the average")
     on_nan: str = _dial("stop", "at a NaN or Inf: stop, or skip the step (stops after 10 in a row)")
 
     def __post_init__(self) -> None:
@@ -147,16 +151,16 @@ class TrainConfig:
         for name in ("num_steps", "seq_len", "batch_size", "accumulation", "patience", "val_interval",
                      "val_windows", "sample_interval", "sample_tokens", "checkpoint_interval", "keep_last"):
             check(name, whole(1), "a positive integer")
-        for name in ("learning_rate", "clip_norm", "eps", "matrix_rate"):
+        for name in ("learning_rate", "clip_norm", "eps", "matrix_rate", "outer_rate"):
             check(name, lambda value: 0.0 < value < float("inf"), "a positive number")
         for name in ("warmup_fraction", "min_lr_fraction", "decay_fraction"):
             check(name, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "outer_momentum"):
             check(name, lambda value: 0.0 <= value < 1.0, "in [0, 1)")
         for name in ("weight_decay", "matrix_decay"):
             check(name, lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
         check("val_fraction", lambda value: 0.0 < value < 1.0, "in (0, 1)")
-        for name in ("seed", "threads", "warmup_steps", "beta2_half_life"):
+        for name in ("seed", "threads", "warmup_steps", "beta2_half_life", "sync_every"):
             check(name, whole(0), "a non-negative integer")
         check("threads", lambda value: value <= 1024, "at most 1024")
         check("cautious_decay", lambda value: isinstance(value, bool), "a bool")

@@ -13,6 +13,7 @@ from feste.data import count_targets, scored_starts, whole_starts, window_batche
 
 if TYPE_CHECKING:
     from feste.model import GPT2
+    from feste.parallel.team import Alone
     from feste.tokenizer import BPETokenizer
 
 
@@ -34,12 +35,19 @@ def bytes_per_token(batches: Iterable[tuple[np.ndarray, np.ndarray]], tokenizer:
     return size / tokens if size else None
 
 
-def mean_loss(model: GPT2, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean loss in nats per token that counts, over mini-batches (ids, targets)."""
+def mean_loss(model: GPT2, batches: Iterable[tuple[np.ndarray, np.ndarray]], team: Alone | None = None) -> float:
+    """Mean loss in nats per token that counts, over mini-batches (ids, targets).
+
+    The ranks of a team compute some each, and come to the number that one process would.
+    """
+    rank, ranks = (team.rank, team.size) if team else (0, 1)
+    found = [(model.loss(ids, targets), count_targets(targets))
+             for i, (ids, targets) in enumerate(batches) if i % ranks == rank]
+    everyone = team.gather(found) if team else [found]
     total = tokens = 0
-    for ids, targets in batches:
-        counted = count_targets(targets)
-        total += model.loss(ids, targets) * counted
+    for i in range(sum(map(len, everyone))):
+        loss, counted = everyone[i % ranks][i // ranks]
+        total += loss * counted
         tokens += counted
     return total / tokens
 

@@ -17,6 +17,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def host() -> str:
+    """The name of this machine, as run.json has it."""
+    return platform.node()
+
+
 def visible_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

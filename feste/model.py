@@ -19,7 +19,7 @@ from feste.errors import FesteError
 from feste.formats import huggingface
 from feste.generation import Decoder, Sampler
 from feste.params import ParameterTable
-from feste.transformer import HEAD_ROWS, Activations, Arena, Dropout, Pass, Weights
+from feste.transformer import HEAD_ROWS, Activations, Arena, Dropout, Gradients, Hooks, Pass, Weights
 
 
 class GPT2:
@@ -56,9 +56,10 @@ class GPT2:
         """A model whose parameters are zero. The flat buffers and the views of them are made here and stay."""
         self.config, self.precision, self.dropout_seed = config, precision, dropout_seed
         self.table = ParameterTable(config)
-        self._flat_params, self._flat_grads = ops.zeros(self.table.size), ops.zeros(self.table.size)
-        self.params, self.grads = self.table.views(self._flat_params), self.table.views(self._flat_grads)
-        self._weights, self._gradients = Weights(self.params, config), Weights(self.grads, config)
+        self._flat_params, self.gradients = ops.zeros(self.table.size), self.new_gradients()
+        self._flat_grads, self.params, self.grads = (
+            self.gradients.flat, self.table.views(self._flat_params), self.gradients.views)
+        self._weights = Weights(self.params, config)
         self._activations: dict[bool, Activations] = {}
         self._arenas = {True: Arena(), False: Arena()}
 
@@ -114,6 +115,10 @@ class GPT2:
         """The output weight (V, C): the token embedding if the weights are tied."""
         return self._weights.head
 
+    def new_gradients(self) -> Gradients:
+        """Room for gradients beside `grads`, all of them zero."""
+        return Gradients(self.table, self.config)
+
     def num_parameters(self) -> int:
         return self.table.size
 
@@ -152,24 +157,28 @@ class GPT2:
     def zero_grad(self) -> None:
         self._flat_grads.fill(0.0)
 
-    def forward_backward(self, ids: np.ndarray, targets: np.ndarray, scale: float = 1.0, dropout_key: int = 0) -> float:
+    def forward_backward(self, ids: np.ndarray, targets: np.ndarray, scale: float = 1.0, dropout_key: int = 0,
+                         into: Gradients | None = None, hooks: Hooks | None = None) -> float:
         """The mean loss in nats of targets (B, T) given ids (B, T); adds scale * its gradient to `grads`.
 
         Targets of -100 are not counted: mini-batches that are to weigh as their tokens need a scale of their share.
         Dropout masks are a pure function of (the model's seed, dropout_key). ValueError as in `forward`.
+
+        into: where gradients are added instead. hooks: called on the way, before parameters are read and when gradients
+        are whole (transformer.stage_of says which).
         """
         if self.precision == "int8":
             raise FesteError("a model with precision int8 only generates; train one with fp32 or bf16", "precision")
         act = self._given(*self._check_pair(ids, targets), keep=True)
-        dropout = Dropout(self.config.dropout, self.dropout_seed, dropout_key)
+        dropout, d = Dropout(self.config.dropout, self.dropout_seed, dropout_key), into or self.gradients
 
         def kernels() -> None:
             run = self._pass(act, dropout)
             transformer.forward(run, self._weights, act.ids)
-            self._backward_head(act, scale / act.n_counted)
-            transformer.backward(run, self._weights, self._gradients, act.ids)
+            self._backward_head(act, d.weights, scale / act.n_counted)
+            transformer.backward(run, self._weights, d.weights, act.ids)
 
-        act.perform((self.precision, scale, dropout_key if dropout.p > 0.0 else None), kernels)
+        act.perform((self.precision, scale, dropout_key if dropout.p > 0.0 else None, d), kernels, hooks)
         return float(act.losses[:act.n_counted].mean(dtype=np.float64))
 
     def _pass(self, act: Activations, dropout: Dropout | None = None) -> Pass:
@@ -213,8 +222,8 @@ class GPT2:
         ops.cross_entropy_forward(act.losses[rows], act.lse[rows], logits, targets, n, c.vocab_size)
         return logits
 
-    def _backward_head(self, act: Activations, scale: float) -> None:
-        """Losses of every counted row, the head's gradient, and act.dln (rows, C), that of ln_f."""
+    def _backward_head(self, act: Activations, d: Weights, scale: float) -> None:
+        """Losses of every counted row, the head's gradient in d, and act.dln (rows, C), that of ln_f."""
         V, C, bf16, n_counted = self.config.vocab_size, self.config.n_embd, self._bf16, act.n_counted
         x = self._counted_rows(act)
         spare = act.activated.reshape(-1)[n_counted * C:2 * n_counted * C].reshape(n_counted, C)
@@ -226,7 +235,7 @@ class GPT2:
             ops.cross_entropy_backward(dlogits, logits, targets[rows], act.lse[rows], scale, n, V)
             # logits = x @ head^T
             ops.gemm(dx[rows], dlogits, self._weights.head, n, C, V, bf16=bf16)
-            ops.gemm(self._gradients.head, dlogits, x[rows], V, C, n, trans_a=True, accumulate=True, bf16=bf16)
+            ops.gemm(d.head, dlogits, x[rows], V, C, n, trans_a=True, accumulate=True, bf16=bf16)
         if dx is not act.dln:  # x = ln_f[counted]
             ops.scatter_rows(act.dln, dx, act.counted[:n_counted], n_counted, len(act.dln), C)
 

@@ -6,6 +6,7 @@ fields of the configuration and arguments; what they are called on a command lin
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feste import optim
+from feste import ops, optim
 from feste.config import Config, TrainConfig
 from feste.data import Text
 from feste.errors import FesteError
@@ -25,6 +26,7 @@ from feste.run.directory import find_checkpoint, require_free, require_new
 from feste.run.follow import read_info
 from feste.run.names import STABLE
 from feste.tokenizer import BPETokenizer
+from feste.version import __version__
 
 # What a resumed run may change. Everything else would make it another run.
 CHANGEABLE = {"num_steps", "learning_rate", "patience", "threads", "keep_last", "checkpoint_interval", "on_nan"}
@@ -83,6 +85,15 @@ class Plan:
     @property
     def resumed(self) -> bool:
         return self.origin is not None
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same in every process that takes part in the run, by names for people."""
+        config = self.model.config.to_dict() | self.config.to_dict()
+        del config["threads"]
+        return {"version of feste": __version__, "instruction set": ops.isa,
+                "configuration": ", ".join(f"{name}={value}" for name, value in config.items()),
+                "text": self.corpus_sha256, "tokenizer": hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest(),
+                "set of initial parameters": hashlib.sha256(self.model.flat_params).hexdigest()}
 
 
 def new(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Text | Pairs, config: TrainConfig,
@@ -151,6 +162,9 @@ def resumed_in(model: GPT2, tokenizer: BPETokenizer, optimizer: AdamW | None, ch
     if optimizer is None:
         optimizer = optim.make(model, config)
     plan = resumed(checkpoint, text, config, run_dir, info)
+    if checkpoint.optimizer.outer is not None:
+        optimizer.begin_outer()
+        np.copyto(optimizer.outer, checkpoint.optimizer.outer)
     for own, held in ((model.flat_params, checkpoint.model.flat_params), (optimizer.m, checkpoint.optimizer.m),
                       (optimizer.v, checkpoint.optimizer.v)):
         np.copyto(own, held)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feste import ops, plan
+from feste import ops, parallel, plan
 from feste.config import TrainConfig
 from feste.data import count_targets
 from feste.errors import FesteError
@@ -32,7 +32,7 @@ from feste.pairs import Pairs
 from feste.plan import Plan
 from feste.progress import Progress
 from feste.run.checkpoint import Checkpoint
-from feste.run.directory import RunDirectory
+from feste.run.directory import RunDirectory, due_names
 from feste.tokenizer import BPETokenizer
 from feste.version import __version__
 
@@ -86,6 +86,9 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     and the old one stays as it is. Without resume, an optimizer may be handed over to go on with its moments as a new
     run; its settings are then the run's. Its name, "adamw" or "muon", makes a new one.
 
+    Under mpiexec the ranks share the work (docs/DISTRIBUTED.md): all of them call this with the same arguments, the
+    first writes run_dir and shows progress, on_step is called on each. The optimizer then has a share of the moments.
+
     Raises ValueError for data or settings that do not fit, before anything is written, and TrainingDiverged.
     """
     if isinstance(optimizer, str):
@@ -93,18 +96,23 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     named = {"num_steps": num_steps, "learning_rate": learning_rate, "seq_len": seq_len}
     settings |= {name: value for name, value in named.items() if value is not None}
     config = plan.with_settings(config, _optimizer_settings(optimizer, settings) | {"precision": model.precision})
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir, team = None if run_dir is None else Path(run_dir), parallel.world()
     if resume is None:
-        the_plan = plan.new(model, tokenizer, text, config, run_dir, optimizer, info)
+        if run_dir is not None:
+            team.on_first(lambda: plan.require_new(run_dir))
+        the_plan = plan.new(model, tokenizer, text, config, None, optimizer, info)
+        the_plan.run_dir = run_dir
     else:
         if not isinstance(resume, Checkpoint):
-            resume = plan.checkpoint_to_resume(Path(resume), run_dir)
+            path = Path(resume)
+            resume = parallel.shared_checkpoint(team, lambda: plan.checkpoint_to_resume(path, run_dir))
             run_dir = resume.path.parent if run_dir is None else run_dir
         the_plan = plan.resumed_in(model, tokenizer, optimizer, resume, text, config, run_dir, info)
-    if not progress:
-        return train(the_plan, on_step)
+    if not progress or not team.first:
+        return train(the_plan, on_step, settled=on_step is not None)
     with Progress(the_plan.config, start=the_plan.state.step) as shown:
-        return train(the_plan, lambda record: (shown(record), on_step and on_step(record)))
+        return train(the_plan, lambda record: (shown(record), on_step and on_step(record)),
+                     settled=on_step is not None)
 
 
 def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
@@ -114,6 +122,9 @@ def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
     if not isinstance(optimizer, AdamW):
         raise FesteError(f"optimizer must be AdamW(model), Muon(model) or one of their names, got {optimizer!r:.60}",
                          "optimizer")
+    if settings.get("beta2_half_life"):
+        raise FesteError(f"beta2_half_life={settings['beta2_half_life']}, but the optimizer that was handed over has a "
+                         "beta2 of its own", "beta2_half_life")
     own = optimizer.settings()
     for name, value in own.items():
         if settings.get(name, value) != value:
@@ -122,13 +133,18 @@ def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:
 
 
 def train(the_plan: Plan, on_step: Callable[[dict], None] | None = None,
-          loop: Callable[[Run], None] | None = None) -> TrainResult:
+          loop: Callable[[Run], None] | None = None, settled: bool = False) -> TrainResult:
     """Carry out a plan. on_step is called with the record of every step, behind its checkpoint.
 
-    loop: what happens in the steps, if it is not to be `training_loop`; examples/05 has one to read.
+    settled: on_step may read the parameters, which are otherwise on their way between ranks then. loop: what happens in
+    the steps, if it is not to be `training_loop`; examples/05 has one to read.
     """
-    ops.set_num_threads(the_plan.config.threads)
-    with Run(the_plan, on_step) as run, run.stop:
+    team = parallel.world()
+    if loop is not None and team.size > 1:
+        raise FesteError(f"this program has a training loop of its own, which knows nothing of {team.size} ranks; "
+                         "start it without mpiexec, or use `feste train`")
+    ops.set_num_threads(the_plan.config.threads or team.threads())
+    with Run(the_plan, on_step, settled) as run, run.stop:
         (loop or training_loop)(run)
         return run.end()
 
@@ -139,29 +155,30 @@ def training_loop(run: Run) -> None:
         learning_rate = learning_rate_at(step, run.config)
         record = run.record(learning_rate, *_update(run, step, learning_rate))
         if run.due(run.config.val_interval):
-            record["val_loss"] = mean_loss(run.model, run.validation())
-        if run.due(run.config.sample_interval):
+            record["val_loss"] = run.validation_loss()
+        if run.due(run.config.sample_interval) and run.team.first:
             record["sample"] = _sample(run, step)
         run.keep(record)
 
 
 def _update(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
-    """One AdamW update from the mini-batches of a step; its mean loss, and the gradient norm before clipping.
+    """One update from the mini-batches of a step; its mean loss, and the gradient norm before clipping.
 
     A mini-batch weighs as many tokens as it has that count, so a step is that of one large batch.
     """
-    count, loss = run.config.accumulation, 0.0
+    count = run.config.accumulation
     batches = run.batches.batch(step, run.config.batch_size, count)
     weights = np.array([count_targets(targets) for _, targets in batches])
-    for i, ((ids, targets), share) in enumerate(zip(batches, weights / weights.sum(), strict=True)):
-        loss += run.model.forward_backward(ids, targets, share, (step - 1) * count + i) * share
+    loss = run.update.compute(batches, weights, (step - 1) * count, run.stop.signal)
     if not math.isfinite(loss):
+        run.update.skip()
         return loss, math.nan
-    return loss, run.optimizer.step(learning_rate, run.config.clip_norm, zero_grad=True)
+    return loss, run.update.step(step, learning_rate, run.config.clip_norm)
 
 
 def _sample(run: Run, step: int) -> str:
     """Text of the model; it has a seed of its own, so that it does not disturb the run."""
+    run.update.settle()
     ids = run.model.generate(run.prompt, run.config.sample_tokens, SAMPLE_TEMPERATURE, seed=run.config.seed + step,
                              vocab_size=run.tokenizer.vocab_size, stop_tokens=run.tokenizer.stop_tokens)
     return run.tokenizer.decode(ids)
@@ -170,33 +187,42 @@ def _sample(run: Run, step: int) -> str:
 class Run:
     """A plan under way: what a loop needs for a step, and what is kept of it. A context that ends with the run.
 
-    batches: the mini-batches of every step; validation(): those that are held out, whose tokens have bytes_per_token.
-    prompt: ids of the text that samples continue. state: where the run stands.
+    team: the ranks that carry it out together, of which the first keeps the run directory. update: what they make of a
+    step. batches: the mini-batches of every step; validation(): those that are held out, whose tokens have
+    bytes_per_token. prompt: ids of the text that samples continue. state: where the run stands.
     """
 
-    def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None) -> None:
+    def __init__(self, the_plan: Plan, on_step: Callable[[dict], None] | None = None, settled: bool = False) -> None:
         self.plan, self.config, self.state, self.on_step = the_plan, the_plan.config, the_plan.state, on_step
+        self.settled = settled
         self.model, self.tokenizer, self.optimizer = the_plan.model, the_plan.tokenizer, the_plan.optimizer
+        self.team = parallel.world()
+        self.team.require_alike(the_plan.facts())
+        self.update = parallel.make_update(self.team, self.model, self.optimizer, self.config)
         self.batches = the_plan.data.batches(self.config)
         self.tokens_per_step = the_plan.data.tokens_per_step(self.config)
         self.validation = partial(the_plan.data.validation, self.config)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)
         self.bytes_per_token = bytes_per_token(self.validation(), self.tokenizer)
-        self.stop, self.ending = _StopSignals(), "finished"
+        self.stop, self.ending = _StopSignals(aloud=self.team.first), "finished"
         self._elapsed_before, self._started = self.state.elapsed_seconds, time.perf_counter()
         self._step_begun = self._started
+        self._signal: int | None = None  # what interrupted it
         self._directory: RunDirectory | None = None  # for a run that leaves nothing on the disk
 
     def __enter__(self) -> Run:
         p, state = self.plan, self.state
-        if p.run_dir is not None:
+        description = self.description() | p.info
+        if p.run_dir is not None and self.team.first:
             self._directory = RunDirectory(
-                p.run_dir, self.description() | p.info, self.config, self.model, self.tokenizer, self.optimizer,
+                p.run_dir, description, self.config, self.model, self.tokenizer, self.optimizer,
                 resumed_at=state.step if p.resumed else None, best_step=state.best_step, origin=p.origin)
         self.model.zero_grad()
+        self.team.begin_watch()
         return self
 
     def __exit__(self, *error) -> None:
+        self.update.close()
         if self._directory is not None:
             self._directory.info.update(step=self.state.step, skipped_steps=self.state.skipped)
             self._directory.__exit__(*error)
@@ -209,7 +235,7 @@ class Run:
                 "corpus_sha256": self.plan.corpus_sha256, "val_bytes_per_token": self.bytes_per_token,
                 "feste": __version__, "isa": ops.isa,
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,
-                "skipped_steps": self.state.skipped}
+                "skipped_steps": self.state.skipped, **self.team.describe(ops.get_num_threads())}
 
     # ---- what a loop calls, in this order -------------------------------------------------------------------
 
@@ -231,7 +257,12 @@ class Run:
 
     def due(self, interval: int) -> bool:
         """Whether this step is one of every `interval`, or the last."""
-        return self.state.step % interval == 0 or self.state.step == self.config.num_steps
+        return self.state.step == self.config.num_steps or self._passes(interval)
+
+    def validation_loss(self) -> float:
+        """The mean loss of the held-out mini-batches, of which every rank computes some."""
+        self.update.settle()
+        return mean_loss(self.model, self.validation(), self.team)
 
     def keep(self, record: dict) -> None:
         """Log the record, write the checkpoints that are due, and see whether the run goes on."""
@@ -241,19 +272,37 @@ class Run:
             self._take_validation(record)
         if validated and state.step - state.best_step >= self.config.patience:
             self.ending = "early_stopped"
-        elif self.stop.signal is not None and not last:
-            self.ending = "interrupted"
+        elif self.update.agreed(self.stop.signal) is not None and not last:
+            self.ending, self._signal = "interrupted", self.update.agreed(self.stop.signal)
+        names = self._due_names(validated)
+        if names or self.ending != "finished" or last or self.settled:
+            self.update.settle()
         if self._directory is not None:
             self._directory.write(record)
-            self._directory.save_if_due(state.step, self.for_checkpoint(),
-                                        improved=validated and state.best_step == state.step,
-                                        over=last or self.ending == "early_stopped",
-                                        interrupted=self.ending == "interrupted",
-                                        stable=self.config.schedule == "wsd" and state.step == decay_begin(self.config))
+            if validated and self.team.size > 1:
+                self._directory.note(waiting=self._waiting())
+            self._directory.save(names, self.for_checkpoint(), self.update.moments)
+        elif self.plan.run_dir is not None and names:
+            self.update.moments(None)  # to the first rank, which saves them
         if self.on_step is not None:  # after the save: a display whose terminal is gone must not prevent it
             self.on_step(record)
 
     # ---- the parts of it ------------------------------------------------------------------------------------
+
+    def _due_names(self, validated: bool) -> list[str]:
+        """The names of the checkpoints that are due behind this step, the same on every rank."""
+        step, config, update = self.state.step, self.config, self.update
+        return due_names(
+            step, periodical=self.ending == "interrupted" or self._passes(config.checkpoint_interval),
+            over=step == config.num_steps or self.ending == "early_stopped",
+            improved=validated and self.state.best_step == step,
+            stable=config.schedule == "wsd" and update.is_whole(step)
+            and step == update.whole_before(decay_begin(config) + 1))
+
+    def _passes(self, interval: int) -> bool:
+        """Whether this step is one of every `interval`; where ranks train apart, the next that brings them together."""
+        step = self.state.step
+        return self.update.is_whole(step) and step // interval > self.update.whole_before(step) // interval
 
     def _guard(self, loss: float, grad_norm: float) -> None:
         """Stop, or skip the step, if the loss or the gradient is not finite; parameters are as before it."""
@@ -261,7 +310,9 @@ class Run:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             state.skipped_in_a_row = 0
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+        loss_is_finite = math.isfinite(loss)
+        what = (f"the gradient norm is {grad_norm}" if loss_is_finite else
+                f"the loss is {loss}{self.update.where_not_finite()}")
         if self.config.on_nan == "stop":
             raise TrainingDiverged(f"step {state.step}: {what}; {ADVICE}")
         self.model.zero_grad()
@@ -285,6 +336,10 @@ class Run:
         self.state.elapsed_seconds = self._elapsed_before + time.perf_counter() - self._started
         return self.state.elapsed_seconds
 
+    def _waiting(self) -> float:
+        """The share of the time that this rank has waited for others."""
+        return round(self.team.waited / (time.perf_counter() - self._started), 4)
+
     def for_checkpoint(self) -> dict:
         """What a checkpoint keeps beside model, tokenizer and optimizer."""
         self._elapsed()
@@ -296,9 +351,9 @@ class Run:
 
     def end(self) -> TrainResult:
         """How the run ended, in run.json and as a result."""
-        s, saves, held_up, elapsed, signum = self.state, 0, 0.0, self._elapsed(), self.stop.signal
+        s, saves, held_up, elapsed, signum = self.state, 0, 0.0, self._elapsed(), self._signal
         if self._directory is not None:
-            reason = signal.Signals(signum).name if signum and self.ending == "interrupted" else None
+            reason = signal.Signals(signum).name if signum else None
             best = s.best_val_loss if math.isfinite(s.best_val_loss) else None
             self._directory.end(self.ending, reason, step=s.step, skipped_steps=s.skipped, best_val_loss=best,
                                 best_step=s.best_step, elapsed_seconds=elapsed)
@@ -319,9 +374,9 @@ class _StopSignals:
     URGENT = ("SIGINT", "SIGTERM", "SIGHUP")
     WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")
 
-    def __init__(self) -> None:
+    def __init__(self, aloud: bool = True) -> None:
         self.signal: int | None = None
-        self._urged = False
+        self._urged, self._aloud = False, aloud
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -346,5 +401,7 @@ class _StopSignals:
         if self.signal is None or name in self.URGENT:
             self.signal = number
             with suppress(OSError):  # the terminal may be gone
+                if not self._aloud:
+                    return
                 os.write(2, f"\n{name}: stops and saves after this step; one more Ctrl+C or SIGTERM quits at "
                             "once\n".encode())

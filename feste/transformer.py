@@ -22,13 +22,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from feste import ops
 from feste.config import IGNORED, Config
 
+if TYPE_CHECKING:
+    from feste.params import Parameter, ParameterTable
+
 HEAD_ROWS = 512  # rows whose logits are in memory at once: V = 50,257 makes 100 MB of them, and 8,192 rows 1.6 GB
+MOST_RECORDINGS = 8  # of one set of buffers: a step of several mini-batches has one for each buffer of gradients
 ROPE_BASE = 10_000.0  # Su et al. 2021: the slowest rotation takes 2 pi times so many tokens
 EMBEDDING, ATTENTION, ATTN_PROJ, MLP_PROJ = range(4)  # the places of a block that have dropout
 
@@ -70,6 +75,15 @@ class Weights:
                        for i in range(config.n_layers)]
 
 
+class Gradients:
+    """Gradients of all parameters: a flat buffer, and the views of it by name and by role."""
+
+    def __init__(self, table: ParameterTable, config: Config) -> None:
+        self.flat = ops.zeros(table.size)
+        self.views = table.views(self.flat)
+        self.weights = Weights(self.views, config)
+
+
 @cache
 def rotations(block_size: int, head_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (block_size, head_size / 2) of the angles position * ROPE_BASE^(-2 j / head_size)."""
@@ -101,6 +115,24 @@ class Arena:
         size, begin = math.prod(shape), self._used
         self._used += -(-size // (ops.CACHE_LINE // 4)) * (ops.CACHE_LINE // 4)
         return self._memory[begin:begin + size].reshape(shape)
+
+
+class Hooks(Protocol):
+    """What is called on the way through a training pass, for each stage of `stage_of`."""
+
+    def before(self, stage: int) -> None:
+        """Parameters of this stage are about to be read for the first time."""
+
+    def after(self, stage: int) -> None:
+        """Gradients of this stage are whole."""
+
+
+class Mark(NamedTuple):
+    """Where a hook is called: behind so many kernels."""
+
+    calls: int
+    hook: str
+    stage: int
 
 
 class Activations:
@@ -142,7 +174,8 @@ class Activations:
         self.ids = ops.zeros(B, T, dtype=np.int32)
         self.targets, self.counted = ops.zeros(B * T, dtype=np.int32), ops.zeros(B * T, dtype=np.int32)
         self.n_counted = 0
-        self._recorded: tuple[tuple, ops.Recording] | None = None
+        self._recordings: dict[tuple, tuple[ops.Recording, list[Mark]]] = {}
+        self._marks: list[Mark] | None = None  # of the pass that is being recorded
         shared, block, gradients = self._tables(config, B, T, keep)
         zeros = ops.zeros
         if arena is not None:
@@ -163,18 +196,33 @@ class Activations:
         self.n_counted = len(counted)
         self.counted[:self.n_counted], self.targets[:self.n_counted] = counted, targets[counted]
 
-    def perform(self, settings: tuple, kernels: Callable[[], None]) -> None:
+    def perform(self, settings: tuple, kernels: Callable[[], None], hooks: Hooks | None = None) -> None:
         """Run the kernels that `kernels` calls on these buffers, all of them by one team of threads.
 
         The buffers and their order are always the same, so they are noted down once, and again only if one of the
-        settings has changed: whatever numbers the kernels are called with.
+        settings has changed: whatever numbers or other buffers the kernels are called with. hooks, if given, are called
+        on the way.
         """
         settings = (*settings, self.n_counted, ops.get_num_threads())
-        if self._recorded is None or self._recorded[0] != settings:
-            with ops.Recording() as recording:
+        if settings not in self._recordings:
+            if len(self._recordings) == MOST_RECORDINGS:
+                self._recordings.pop(next(iter(self._recordings)))  # the oldest
+            self._recording, self._marks = ops.Recording(), []
+            with self._recording:
                 kernels()
-            self._recorded = settings, recording
-        self._recorded[1].run()
+            self._recordings[settings], self._marks = (self._recording, self._marks), None
+        recording, marks = self._recordings[settings]
+        begin = 0
+        for mark in marks if hooks else ():
+            recording.run(begin, mark.calls)
+            begin = mark.calls
+            getattr(hooks, mark.hook)(mark.stage)
+        recording.run(begin)
+
+    def mark(self, hook: str, stage: int) -> None:
+        """Here a hook is to be called, `before` or `after` a stage; if the pass is being recorded."""
+        if self._marks is not None:
+            self._marks.append(Mark(len(self._recording), hook, stage))
 
     @classmethod
     def nbytes_of(cls, config: Config, B: int, T: int, keep: bool) -> int:
@@ -285,15 +333,18 @@ def kernel(name: str, direction: str) -> Callable[..., None]:
 def forward(run: Pass, w: Weights, ids: np.ndarray) -> None:
     """Fill run.act up to ln_f (rows, C) for ids (B, T)."""
     act = run.act
+    act.mark("before", len(w.blocks) + 1)
     # x = dropout(wte[ids] + wpe)
     ops.embedding_forward(act.x, ids, w.wte, w.wpe, *ids.shape, act.x.shape[1], run.position)
     if run.dropout.p > 0.0:
         run.dropout.forward(act.x, act.x, None, 0, EMBEDDING)
     x = act.x
     for layer, (a, block) in enumerate(zip(act.blocks, w.blocks, strict=True)):
+        act.mark("before", len(w.blocks) - layer)
         _forward_block(run, block, a, x, layer)
         x = a.x
     run.norm(act.ln_f, act.statistics, x, w.ln_f)
+    act.mark("before", 0)
 
 
 def _forward_block(run: Pass, w: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:
@@ -314,17 +365,33 @@ def _forward_block(run: Pass, w: Block, a: SimpleNamespace, x: np.ndarray, layer
 
 
 def backward(run: Pass, w: Weights, d: Weights, ids: np.ndarray) -> None:
-    """Add to d the gradients of all parameters but the head's; act.dln holds that of ln_f (rows, C)."""
+    """Add to d the gradients of all parameters but the head's; act.dln holds that of ln_f (rows, C).
+
+    A stage ends where gradients are whole: `stage_of` says of which parameters.
+    """
     act = run.act
+    act.mark("after", 0)
     # ln_f = norm(x of the last block)
     run.norm_backward(d.ln_f, act.blocks[-1].x, w.ln_f, act.statistics, None)
     for layer in reversed(range(len(w.blocks))):
         x = act.blocks[layer - 1].x if layer else act.x
         _backward_block(run, w.blocks[layer], d.blocks[layer], act.blocks[layer], x, layer)
+        act.mark("after", len(w.blocks) - layer)
     # x = dropout(wte[ids] + wpe)
     if run.dropout.p > 0.0:
         run.dropout.backward(act.dx, act.dx, 0, EMBEDDING)
     ops.embedding_backward(d.wte, d.wpe, act.dx, ids, *ids.shape, act.x.shape[1])
+    act.mark("after", len(w.blocks) + 1)
+
+
+def stage_of(p: Parameter, config: Config) -> int:
+    """The stage of the backward pass at whose end a parameter's gradient is whole; forward, stages come from the last.
+
+    0: the head, if it is its own. 1 .. n_layers: the matrices of a block, from the last one. n_layers + 1: all others.
+    """
+    if p.name == "lm_head.weight":
+        return 0
+    return config.n_layers - int(p.name.split(".")[2]) if p.hidden else config.n_layers + 1
 
 
 def _backward_block(run: Pass, w: Block, d: Block, a: SimpleNamespace, x: np.ndarray, layer: int) -> None:

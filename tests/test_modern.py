@@ -22,6 +22,7 @@ from feste import (
     optim,
     plan,
     reference,
+    train_gpt2,
 )
 from feste.config import PRESETS
 from feste.optim import decay_begin, learning_rate_at, matrices_of
@@ -137,10 +138,10 @@ def test_a_step_of_muon_is_that_of_the_reference():
     grads, m = model.flat_grads.astype(np.float64), np.zeros(params.size)
     norm = optimizer.step(1e-2, clip_norm=0.5)
     scale, momentum = 0.5 / norm, 0.85 + (0.95 - 0.85) / 300
-    matrices = np.array(list(matrices_of(model.table)))
+    matrices = np.array([[*matrix, matrix[0]] for matrix in matrices_of(model.table)])
     reference.muon_update(params, m, grads, matrices, 2e-2, momentum, 0.1, False, scale, False, len(matrices),
-                          params.size)
-    for part, _, decays in optimizer._parts():
+                          params.size, params.size)
+    for part, *_, decays in optimizer.parts:
         reference.adamw_update(params[part], np.zeros(part.stop - part.start), np.zeros(part.stop - part.start),
                                grads[part], 1e-2, 0.9, 0.95, 1e-8, 0.2 * decays, False, scale, 1, False, None)
     assert np.abs(params - model.flat_params).max() < 2e-6
@@ -265,12 +266,21 @@ def test_best_takes_a_larger_model_for_more_time(monkeypatch):
     monkeypatch.setattr(best, "seconds_per_step", seconds)
     sizes, steps = [], []
     for minutes in (0.2, 3.0, 60.0):
-        preset, lines = best.choose(1_000_000, minutes)
+        preset, lines = best.choose(9_000_000, minutes)
         sizes.append(preset.model.n_embd)
         steps.append(preset.train.num_steps * seconds(preset.model, preset.train.batch_size, "fp32"))
         assert len(lines) == 3 and preset.train.optimizer == "muon" and preset.model.arch == "modern"
     assert sizes == sorted(sizes) and len(set(sizes)) == 3
     assert all(0.5 < taken / (60 * minutes) < 1.0 for taken, minutes in zip(steps[1:], (3.0, 60.0), strict=True))
+
+
+def test_best_does_not_learn_a_short_text_by_heart(monkeypatch):
+    monkeypatch.setattr(best, "seconds_per_step", lambda *_: 0.001)
+    preset, lines = best.choose(1_000_000, 600.0)
+    tokens = 1_000_000 / 1.9
+    assert GPT2(preset.model, seed=None).num_parameters() <= best.MOST_PARAMETERS * tokens
+    assert preset.train.num_steps * preset.train.tokens_per_step <= best.MOST_PASSES * tokens
+    assert "by heart" in lines[1]
 
 
 def test_best_gives_dropout_to_a_text_that_is_read_often(monkeypatch):
@@ -291,6 +301,12 @@ def test_the_half_life_of_the_second_moment():
     assert optim.make(GPT2(MODERN), config).betas[1] == pytest.approx(0.5)
 
 
+def test_an_optimizer_that_is_handed_over_has_its_own_beta2():
+    model = GPT2(MODERN)
+    with pytest.raises(FesteError, match="beta2_half_life=512, but the optimizer"):
+        train_gpt2(model, None, "", 1, 1e-3, 8, optimizer=Muon(model), beta2_half_life=512)
+
+
 def test_best_from_the_command_line(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be: that is the question. " * 400)
@@ -299,7 +315,7 @@ def test_best_from_the_command_line(tmp_path, monkeypatch, capsys):
     flags = ["--data", str(text), "--run-dir", str(tmp_path / "run"), "--preset", "best"]
     assert cli.main([*flags, "--minutes", "0.05"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("best for 0.05 min: a step of ") and "so there is time for 5 steps" in said
+    assert said.startswith("best for 0.05 min: a step of ") and "there is time for 5 steps" in said
     assert "which read the training part" in said and "bits per byte" in said
     assert cli.main(flags) == 2
     assert "--preset best needs --minutes" in capsys.readouterr().err

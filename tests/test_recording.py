@@ -15,7 +15,7 @@ from feste.transformer import Activations
 CONFIG = Config(vocab_size=300, n_embd=96, n_layers=2, n_heads=3, block_size=70)
 
 
-def directly(self, settings, kernels):
+def directly(self, settings, kernels, hooks=None):
     """Activations.perform without a recording."""
     kernels()
 

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,8 @@ from feste.tokenizer import BPETokenizer
 FORMAT_VERSION = 1
 REQUIRED = ("feste_format_version", "config", "precision", "seed", "step", "best", "train_config", "trainer_state",
             "checksum")
-PARAMETERS, FIRST, SECOND = "", "optimizer.m.", "optimizer.v."  # what the tensors' names begin with
+# What the tensors' names begin with; the last are of ranks that train apart.
+PARAMETERS, FIRST, SECOND, OUTER = "", "optimizer.m.", "optimizer.v.", "optimizer.outer."
 
 
 class CheckpointError(FesteError):
@@ -79,17 +80,22 @@ class Snapshot:
     """What a checkpoint will hold at one moment.
 
     With `room`, arrays as room_for makes them, the flat buffers are copied into it, so that training can go on while
-    they are written. Without, the snapshot is of the live buffers: write it at once.
+    they are written. Without, the snapshot is of the live buffers: write it at once. moments: fills room for the two
+    moments with those of all parameters, or returns them, where the optimizer has those of a part only.
     """
 
     def __init__(self, model: GPT2, tokenizer: BPETokenizer | None, optimizer: AdamW | None, *, step: int = 0,
                  best_val_loss: float = math.inf, best_step: int = 0, train_config: dict | None = None,
-                 trainer_state: dict | None = None, room: list[np.ndarray] | None = None) -> None:
-        self.tables = _tables(model.table, optimizer and type(optimizer))
+                 trainer_state: dict | None = None, room: list[np.ndarray] | None = None,
+                 moments: Callable[[tuple | None], tuple] | None = None) -> None:
+        self.tables = _tables_of_optimizer(model.table, optimizer)
         self.flats = _flats(model, optimizer)
+        if moments is not None:
+            self.flats[1:3] = moments(room and (room[1], room[2]))
         if room is not None:
             for copy, flat in zip(room, self.flats, strict=True):
-                np.copyto(copy, flat)
+                if copy is not flat:
+                    np.copyto(copy, flat)
             self.flats = list(room)
         self.metadata = {
             "format": "pt",  # what safetensors' readers expect; the layout is the same for every framework
@@ -105,12 +111,14 @@ class Snapshot:
         if tokenizer is not None:
             self.metadata["tokenizer"] = tokenizer.to_json()
         if optimizer is not None:
-            self.metadata["optimizer"] = json.dumps(optimizer.settings() | {"t": optimizer.t})
+            self.metadata["optimizer"] = json.dumps(
+                optimizer.settings() | {"t": optimizer.t} | ({} if optimizer.outer is None else {"outer": True}))
 
     @staticmethod
     def room_for(model: GPT2, optimizer: AdamW | None) -> list[np.ndarray]:
         """Arrays for the flat buffers of a snapshot. They are written to, so that the memory is there."""
-        return [np.full(flat.size, 0.0, np.float32) for flat in _flats(model, optimizer)]
+        return [np.full(table.size, 0.0, np.float32)
+                for table in _tables_of_optimizer(model.table, optimizer).values()]
 
     @property
     def nbytes(self) -> int:
@@ -127,14 +135,23 @@ class Snapshot:
         return digest.hexdigest()
 
 
-def _tables(table: ParameterTable, optimizer: type[AdamW] | None) -> dict[str, ParameterTable]:
+def _tables(table: ParameterTable, optimizer: type[AdamW] | None, outer: bool = False) -> dict[str, ParameterTable]:
     """The tables of the flat buffers of a checkpoint, by the beginning of their tensors' names."""
-    return {PARAMETERS: table} | ({} if optimizer is None else {FIRST: table, SECOND: optimizer.second_moments(table)})
+    if optimizer is None:
+        return {PARAMETERS: table}
+    moments = {FIRST: table, SECOND: optimizer.second_moments(table)}
+    return {PARAMETERS: table} | moments | ({OUTER: table} if outer else {})
+
+
+def _tables_of_optimizer(table: ParameterTable, optimizer: AdamW | None) -> dict[str, ParameterTable]:
+    return _tables(table, optimizer and type(optimizer), optimizer is not None and optimizer.outer is not None)
 
 
 def _flats(model: GPT2, optimizer: AdamW | None) -> list[np.ndarray]:
     """The flat buffers of a checkpoint, in the order of `_tables`."""
-    return [model.flat_params] + ([] if optimizer is None else [optimizer.m, optimizer.v])
+    if optimizer is None:
+        return [model.flat_params]
+    return [model.flat_params, optimizer.m, optimizer.v] + ([] if optimizer.outer is None else [optimizer.outer])
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
@@ -185,7 +202,7 @@ def _read(path: Path, precision: str | None) -> Checkpoint:
             step, best_val_loss, best_step, train_config, trainer_state = _run_state(metadata)
             optimizer = _make_optimizer(model, json.loads(metadata["optimizer"])) if "optimizer" in metadata else None
         digest = _new_digest(metadata)
-        tables = _tables(model.table, optimizer and type(optimizer))
+        tables = _tables_of_optimizer(model.table, optimizer)
         for (prefix, table), flat in zip(tables.items(), _flats(model, optimizer), strict=True):
             for name, view in table.views(flat).items():
                 np.copyto(view, file.get_tensor(prefix + name))
@@ -271,8 +288,10 @@ def _run_state(metadata: Mapping[str, str]) -> tuple[int, float, int, dict | Non
 
 def _tables_of(metadata: Mapping[str, str], config: Config) -> dict[str, ParameterTable]:
     """The tables of the tensors that a file with these metadata should hold."""
-    kind = _optimizer_class(json.loads(metadata["optimizer"])) if "optimizer" in metadata else None
-    return _tables(ParameterTable(config), kind)
+    if "optimizer" not in metadata:
+        return _tables(ParameterTable(config), None)
+    state = json.loads(metadata["optimizer"])
+    return _tables(ParameterTable(config), _optimizer_class(state), bool(state.get("outer")))
 
 
 def _optimizer_class(state: dict) -> type[AdamW]:
@@ -283,11 +302,13 @@ def _optimizer_class(state: dict) -> type[AdamW]:
 
 
 def _make_optimizer(model: GPT2, state: dict) -> AdamW:
-    settings = {name: value for name, value in state.items() if name not in ("t", "betas")}
+    settings = {name: value for name, value in state.items() if name not in ("t", "betas", "outer")}
     if "betas" in state:  # as older files name them
         settings["beta1"], settings["beta2"] = state["betas"]
     optimizer = _optimizer_class(state).of(model, settings)
     optimizer.t = int(state["t"])
+    if state.get("outer"):
+        optimizer.begin_outer()
     return optimizer
 
 

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -155,27 +156,25 @@ class RunDirectory:
         if self._steps == 1:  # the step has taken the memory that training needs; what is left may serve saving
             self.writer.reserve(self.model, self.optimizer)
 
-    def save_if_due(self, step: int, state: dict, *, improved: bool, over: bool, interrupted: bool,
-                    stable: bool) -> None:
-        """Write the checkpoints of this step. Every name that is due stands for one and the same file.
+    def note(self, **facts) -> None:
+        """Put facts into run.json now."""
+        self._log.info |= facts
+        try:
+            self._log.describe()
+        except OSError as error:
+            raise failure(self.path, error) from error
 
-        state: what `Snapshot` takes beside model, tokenizer and optimizer. over: it is the last step of the run.
-        stable: it is the last one before the learning rate falls.
+    def save(self, names: list[str], state: dict, moments: Callable[[tuple | None], tuple]) -> None:
+        """Write a checkpoint under all of these names, which stand for one and the same file, if there are any.
+
+        state, moments: what `Snapshot` takes beside model, tokenizer and optimizer.
         """
-        names = []
-        if step % self.config.checkpoint_interval == 0 or interrupted:
-            names.append(periodic_name(step))
-        if over:
-            names.append(FINAL)
-        if stable:
-            names.append(STABLE)
-        if improved:
-            names.append(BEST)
         if not names:
             self.writer.check()
             return
         self._log.flush()  # rows first: a resumed run keeps the rows up to its checkpoint
-        self.writer.save([self.path / name for name in names], self.model, self.tokenizer, self.optimizer, **state)
+        self.writer.save([self.path / name for name in names], self.model, self.tokenizer, self.optimizer,
+                         moments=moments, **state)
 
     def end(self, state: str, reason: str | None, **facts) -> None:
         """Wait for the last checkpoint and write how the run ended; facts go into run.json."""
@@ -184,6 +183,15 @@ class RunDirectory:
                                    "checkpoint_held_up_seconds": self.writer.held_up_seconds}
         self._log.close(state, reason)
         self._lock.release()
+
+
+def due_names(step: int, *, periodical: bool, over: bool, stable: bool, improved: bool) -> list[str]:
+    """The names of the checkpoints that a step leaves.
+
+    over: it is the last step of the run. stable: it is the last one before the learning rate falls.
+    """
+    names = {periodic_name(step): periodical, FINAL: over, STABLE: stable, BEST: improved}
+    return [name for name, due in names.items() if due]
 
 
 class CheckpointWriter:
@@ -211,7 +219,10 @@ class CheckpointWriter:
 
     def save(self, paths: list[Path], model: GPT2, tokenizer: BPETokenizer | None, optimizer: AdamW | None,
              **state) -> None:
-        """Write one state under all of these names; the first is the file, the others links to it."""
+        """Write one state under all of these names; the first is the file, the others links to it.
+
+        state: what else `Snapshot` takes.
+        """
         begun = time.perf_counter()
         self.wait()
         snapshot = Snapshot(model, tokenizer, optimizer, room=self._room, **state)

@@ -47,12 +47,16 @@ class RunLog:
         try:
             if self._file.tell() == 0:
                 self._file.write(record_of(COLUMNS))
-            disk.write_json(path / INFO, self.info)
+            self.describe()
             self._file.flush()
         except BaseException:
             with suppress(OSError):
                 self._file.close()
             raise
+
+    def describe(self) -> None:
+        """Write run.json as it is now."""
+        disk.write_json(self.path / INFO, self.info)
 
     def write(self, record: dict) -> None:
         """Append one row; a column that is missing or None stays empty."""
@@ -81,7 +85,7 @@ class RunLog:
             state, reason = "failed", str(error_of_rows)
         self.info |= {"state": state, "reason": reason, "ended": _now()}
         try:
-            disk.write_json(self.path / INFO, self.info)
+            self.describe()
         except OSError as error:
             raise error_of_rows or failure(self.path, error) from error
         if error_of_rows is not None:
