@@ -24,6 +24,7 @@ from . import (
     surroundings,
     truncations,
 )
+from .ranks import MISSING, rank_kills
 
 HEADER = ("| fault | tried | survived whole | detected and named | lost | |\n"
           "|---|---:|---:|---:|---:|---|")
@@ -39,6 +40,8 @@ def torture(folder: Path, quick: bool = False) -> Iterator[Tally]:
     yield signals(folder)
     yield from surroundings(folder)
     yield simultaneous(folder)
+    if MISSING is None:
+        yield rank_kills(folder, 3 if quick else 50)
 
 
 def main(argv: list[str] | None = None) -> int:
