@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py $(wildcard feste/*.pyx feste/*.pxi feste/*.h)
 
-.PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels docs bench bench-long lint clean
+.PHONY: build tiny small medium gpt2 test test-long test-arm64 torture sanitize wheels docs bench bench-long bench-mpi lint clean
 .DEFAULT_GOAL := build
 
 # $(call stage,what,command): what is done, and how long it took.
@@ -76,6 +76,11 @@ bench: build
 
 bench-long: build
 	$(PY) -m tools.bench long
+
+# Steps on several ranks; LAUNCHER starts {ranks} processes wherever they are to be.
+LAUNCHER ?= $(VENV)/bin/mpiexec -n {ranks}
+bench-mpi: build
+	$(PY) -m tools.bench ranks --launcher "$(LAUNCHER)" $(BENCH_FLAGS)
 
 lint: build
 	$(PY) -m ruff check .

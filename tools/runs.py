@@ -166,6 +166,8 @@ class Summary:
     parameters: int | None = None
     tokens_per_step: int | None = None
     samples: int = 0
+    ranks: int | None = None
+    waiting: float | None = None
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -208,8 +210,15 @@ def summarise(name: str, key: str, reader: RunReader, columns: dict[str, np.ndar
         None if best_at is None else int(columns["step"][best_at]),
         _bits_per_byte(info, val), _bits_per_byte(info, best), _lowest(columns["train_loss"])[0],
         _integer(model.get("vocab_size")), _integer(info.get("parameters")),
-        _integer(info.get("tokens_per_step")), samples,
+        _integer(info.get("tokens_per_step")), samples, *_ranks(info),
         tuple(map(clean_line, [*reader.problems, *_alerts(columns)])))
+
+
+def _ranks(info: dict) -> tuple[int | None, float | None]:
+    """How many ranks train together, and the share of the time that the first one waits for others."""
+    ranks, waiting = info.get("ranks"), info.get("waiting")
+    known = isinstance(waiting, (int, float)) and not isinstance(waiting, bool) and 0 <= waiting <= 1
+    return (len(ranks), waiting if known else None) if isinstance(ranks, list) and ranks else (None, None)
 
 
 def _alerts(columns: dict[str, np.ndarray]) -> list[str]:

@@ -22,6 +22,7 @@ from .generation import TOKENS
 from .inputs import write_inputs
 from .learn import Learned, recipes
 from .profile import profile
+from .ranks import LINKS, Measured, Model, launch, modelled, theory_bytes
 from .sizes import SEQUENCES, SIZES, gemm_shapes, model_config
 
 PRECISIONS = ("fp32", "bf16")  # of what is measured, if nothing is said; generation also has int8
@@ -342,8 +343,40 @@ def learn(args) -> dict:
     return {"learn": found}
 
 
+def ranks(args) -> dict:
+    """What several ranks bring, under --launcher; and a model of more machines than are at hand."""
+    report.headline("steps on several ranks, in step with each other")
+    data, table, by_size = {}, [], {}
+    for size in args.sizes if args.sizes != SIZES else ("medium",):
+        for count in args.ranks:
+            told = {"size": size, "precision": args.precisions[0], "wire": args.wire, "sequences": args.sequences,
+                    "each": args.total // count if args.total else 1, "steps": args.steps or 5, "threads": args.threads}
+            quiet(f"  {size} on {count} ranks")
+            one = Measured.of(launch(args.launcher, count, **told))
+            theory = theory_bytes(size, count, args.wire)
+            if count > 1:
+                by_size.setdefault(size, []).append(one)
+            data[f"{size} {count}"] = asdict(one) | {"theory_bytes": theory}
+            table.append([size, str(count), f"{one.step:.3g}", f"{one.compute:.3g}", f"{one.exchange:.3g}",
+                          f"{one.exposed:.3g}", f"{one.hidden:.0%}" if count > 1 else "-", f"{one.gather:.3g}",
+                          f"{one.sent / 1e6:,.1f} / {theory / 1e6:,.1f}", f"{one.peak_bytes / 1e6:,.0f}",
+                          one.sha256[:8]])
+    report.show(["model", "ranks", "step, s", "alone", "gradients", "waited", "hidden", "parameters",
+                 "MB sent / theory", "peak MB", "bits"], table)
+    for size, several in by_size.items():
+        if args.link and len(several) > 1:
+            model = Model.fitted(several, size, args.link * 1e6, args.compute or several[0].compute)
+            report.console.print(f"\na model, no measurement: {size}, machines that compute {model.compute:.3g} s a "
+                                 f"step each; {model.used:.0%} of a link's bandwidth, {1e6 * model.latency:.0f} us "
+                                 f"there and back and {1e6 * model.message:.0f} us a message are fitted to the above. "
+                                 "Efficiency:", highlight=False)
+            report.show(["mode", "machines", *LINKS], modelled(model))
+            data[f"{size} model"] = asdict(model)
+    return {"ranks": data}
+
+
 DISCIPLINES = {f.__name__: f for f in (steps, generation, kernels, tokenizer, documents, growth, stream, memory, length,
-                                       threads, saves, long_run, where, monitor, learn)}
+                                       threads, saves, long_run, where, monitor, learn, ranks)}
 
 
 def short(args) -> dict:
@@ -395,6 +428,18 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                         help="text of the stream discipline (default: 500)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each recipe in learn (default: 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="of each run in learn (default: the preset's)")
+    several = parser.add_argument_group("ranks")
+    several.add_argument("--ranks", nargs="+", type=int, default=(1, 2), metavar="N", help="numbers of ranks")
+    several.add_argument("--launcher", default="mpiexec -n {ranks}", metavar="CMD", help="what starts so many "
+                         "processes (default: mpiexec -n {ranks})")
+    several.add_argument("--total", type=int, metavar="N", help="mini-batches of a step, divided among the ranks "
+                         "(default: one for each rank)")
+    several.add_argument("--sequences", type=int, default=8, metavar="N", help="of a mini-batch (default: 8)")
+    several.add_argument("--threads", type=int, default=0, metavar="N", help="of a rank (default: its share)")
+    several.add_argument("--link", type=float, metavar="MBIT", help="the links' bandwidth in Mbit/s, to fit a model")
+    several.add_argument("--compute", type=float, metavar="S", help="seconds that a machine of the model computes in a "
+                         "step (default: as measured)")
+    several.add_argument("--wire", choices=PRECISIONS, default="fp32", help="(default: fp32)")
     peers = parser.add_argument_group("peers")
     peers.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=("eager", "compile"),
                        help="forms of PyTorch to compare the steps with (default: both)")

@@ -47,8 +47,10 @@ def _bits(value: float | None) -> str:
 
 
 def pace(s: Summary) -> str:
+    ranks = f"  {s.ranks} ranks" if s.ranks else ""
+    waiting = f", waiting {s.waiting:.0%}" if s.waiting is not None else ""
     return (f"{text.rate(s.steps_per_second)} steps/s  {text.rate(s.tokens_per_second)} tok/s  "
-            f"lr {text.number(s.learning_rate, '.3g')}  grad norm {text.number(s.grad_norm, '.4g')}")
+            f"lr {text.number(s.learning_rate, '.3g')}  grad norm {text.number(s.grad_norm, '.4g')}{ranks}{waiting}")
 
 
 def as_text(runs: list[FollowedRun]) -> str:
