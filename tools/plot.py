@@ -1,4 +1,4 @@
-"""Draw runs: `python -m tools.plot RUN... -o loss.png`, or .svg, or .html for one page with curves and a table.
+"""Draw runs: `python -m tools.plot RUN... -o loss.png`, or .svg, or .html for a page that answers to the pointer.
 
 Losses, perplexity, learning rate and gradient norm, the runs laid over one another and named by what differs in
 their configuration.
@@ -7,7 +7,6 @@ their configuration.
 from __future__ import annotations
 
 import argparse
-import html
 import io
 import math
 import sys
@@ -20,7 +19,8 @@ from feste.arguments import Parser
 from feste.cli import guarded
 from feste.terminal import compact
 
-from .comparison import cautions, labels, rows, same_step_samples
+from .comparison import labels
+from .report import make_page
 from .runs import Run, open_runs
 
 FORMATS = (".png", ".svg", ".html")
@@ -224,75 +224,13 @@ def _add_legend(figure, runs: list[Run], names: list[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def render(figure, suffix: str, text_as: str = "path") -> bytes:
+def render(figure, suffix: str) -> bytes:
     """The figure as PNG or SVG; the same figure gives the same bytes."""
     out = io.BytesIO()
-    with _matplotlib().rc_context({"svg.hashsalt": "feste", "svg.fonttype": text_as}):
+    with _matplotlib().rc_context({"svg.hashsalt": "feste"}):
         undated = {"Date": None} if suffix == ".svg" else None
         figure.savefig(out, format=suffix.removeprefix("."), dpi=120, metadata=undated)
     return out.getvalue()
-
-
-# ---- the page ----------------------------------------------------------------------------------------------
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; max-width: 76em;
-       padding: 0 1em }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(28em, 1fr)); gap: 1em }}
-.panels svg {{ width: 100%; height: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2em 1.2em .2em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
-.run {{ border-left: .6em solid; padding-left: .5em; margin-right: 1.5em }}
-.wide {{ overflow-x: auto }}
-pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .8em }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{legend}</p>
-<div class="panels">{panels}</div>
-<h2>Runs</h2>
-<div class="wide"><table>{table}</table></div>
-{notes}
-<h2>Samples</h2>
-{samples}
-</body></html>
-"""
-
-
-def make_page(runs: list[Run], x_axis: str = "step") -> str:
-    """One HTML page that needs nothing beside itself."""
-    names = labels(runs)
-    legend = " ".join(_coloured(i, name) for i, name in enumerate(names))
-    notes = "".join(f"<p>Note: {html.escape(line)}.</p>" for line in (cautions(runs) if len(runs) > 1 else []))
-    samples = "".join(f"<h3>{html.escape(run.name)}, step {sample[0]:,}</h3><pre>{html.escape(sample[1])}</pre>"
-                      for run, sample in zip(runs, same_step_samples(runs), strict=True) if sample)
-    return PAGE.format(title=html.escape(", ".join(run.name for run in runs)), legend=legend, notes=notes,
-                       panels="".join(_inline_svg(title, runs, x_axis) for title in PANELS),
-                       table=_html_table(runs), samples=samples or "<p>None yet.</p>")
-
-
-def _coloured(i: int, name: str) -> str:
-    """A name beside the colour of the i-th run."""
-    return f'<span class="run" style="border-color: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
-
-
-def _inline_svg(title: str, runs: list[Run], x_axis: str) -> str:
-    _matplotlib()
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    draw_panel(figure.subplots(), title, runs, legend_names(runs), x_axis)
-    text = render(figure, ".svg", text_as="none").decode()
-    return f'<figure role="img" aria-label="{html.escape(title)}">{text[text.index("<svg"):]}</figure>'
-
-
-def _html_table(runs: list[Run]) -> str:
-    header = "".join(f"<th>{_coloured(i, run.name)}</th>" for i, run in enumerate(runs))
-    lines = [f"<tr><th></th>{header}</tr>"]
-    for what, cells in rows(runs):
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr><th>{html.escape(what)}</th>{row}</tr>")
-    return "\n".join(lines)
 
 
 PROG = "python -m tools.plot"
@@ -310,7 +248,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                         help="run directories, or folders that hold some (default: data)")
     parser.add_argument("-o", "--output", default="loss.png", metavar="FILE",
                         help=f"{', '.join(FORMATS)} by its ending (default: loss.png)")
-    parser.add_argument("--x", choices=AXES, default="step", help="what the horizontal axis counts (default: step)")
+    parser.add_argument("--x", choices=AXES, default="step", help="what the horizontal axis of a picture counts "
+                        "(default: step); a page has a switch")
     return parser
 
 
@@ -318,10 +257,11 @@ def plot(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"{output} must end in {', '.join(FORMATS)}")
-    _matplotlib()
-    runs = open_runs(args.runs)
     suffix = output.suffix.lower()
-    data = make_page(runs, args.x).encode() if suffix == ".html" else render(make_figure(runs, args.x), suffix)
+    if suffix != ".html":
+        _matplotlib()
+    runs = open_runs(args.runs)
+    data = make_page(runs).encode() if suffix == ".html" else render(make_figure(runs, args.x), suffix)
     try:
         output.write_bytes(data)
     except OSError as error:
