@@ -171,7 +171,7 @@ EFFECTS = {
 
 
 def test_every_key_has_a_test():
-    assert sorted([*EFFECTS, "slash"]) == sorted(key for one in KEYS for key in one.keys.split(","))  # in _choices
+    assert sorted([*EFFECTS, "slash", "i", "enter"]) == sorted(key for one in KEYS for key in one.keys.split(","))
 
 
 def reset(app: Monitor) -> None:

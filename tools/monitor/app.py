@@ -6,26 +6,30 @@ import math
 import threading
 import time
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from rich.text import Text
 from textual import events, work
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, SystemCommand
 from textual.containers import Horizontal, Vertical
 from textual.css.query import NoMatches
 from textual.message import Message
+from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from . import colours, keys, preferences
+from . import colours, keys, machine, preferences
 from .curve import View
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
-from .widgets import Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, summary_line, view_names
+from .widgets import Card, Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, summary_line, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
-LARGE_WIDTH, TALL = 130, 48
+LARGE_WIDTH = 120                    # from here on curve and samples stand side by side,
+TALL, HIGHEST = 40, 48               # from here on with all metrics, and with a longer list
 LOW, FLAT = 30, 18  # with fewer rows the list is one line and the sample stands under the curve; or it is all curve
 SIDE_METRICS = ("learning rate", "gradient norm", "tokens per second")
 
@@ -41,19 +45,20 @@ class Monitor(App):
 
     TITLE = "feste monitor"
     BINDINGS = keys.BINDINGS
-    ENABLE_COMMAND_PALETTE = False
     AUTO_FOCUS = None  # keys are the app's, but while words are typed
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-flat"), (FLAT, "-low"), (LOW, "-high"), (TALL, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (FLAT, "-low"), (LOW, "-high"), (TALL, "-tall"), (HIGHEST, "-highest")]  # noqa: RUF012
     CSS = """
     #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
-    .-large #runs { max-height: 12; }
+    .-large.-highest #runs { max-height: 12; }
     #filter { height: 1; border: none; padding: 0 1; }
     #line { height: 1; padding: 0 1; display: none; }
     .-flat #line, .-low #line { display: block; }
     .-flat #runs, .-low #runs, .-flat #status, .-flat #tabs { display: none; }
     #empty { height: 1fr; content-align: center middle; display: none; }
     #status { height: auto; padding: 0 1; }
+    #machine { height: 1; padding: 0 1; }
+    .-flat #machine, .-low #machine, .zen #machine, .bare #machine { display: none; }
     #tabs { height: 1; padding: 0 1; background: $panel; }
     #views { height: 1fr; }
     #curve { width: 2fr; height: 1fr; }
@@ -73,7 +78,8 @@ class Monitor(App):
     .zen #runs, .zen #line, .zen #status { display: none; }
     .bare #runs, .bare #line, .bare #status, .bare #tabs, .bare #views { display: none; }
     .bare #empty { display: block; }
-    Help { align: center middle; }
+    Help, Card { align: center middle; }
+    #card { width: 94%; max-width: 110; height: 94%; border: round $accent; padding: 0 1; background: $surface; }
     #help { width: 90%; max-width: 90; height: 90%; border: round $accent; padding: 0 1; background: $surface; }
     """
 
@@ -94,6 +100,7 @@ class Monitor(App):
         self.sort = self.choices.get("sort", SORTS[0])
         self.sample_step: int | None = None  # None: the newest
         self.view = "both"
+        self._cores = machine.Cores()
         self._stop, self._waiting = threading.Event(), threading.Event()
 
     def compose(self) -> ComposeResult:
@@ -102,6 +109,7 @@ class Monitor(App):
         yield Filter()
         yield Static(id="empty", markup=False)
         yield Status(id="status", markup=False)
+        yield Static(id="machine", markup=False)
         yield Static(id="tabs", markup=False)
         with Horizontal(id="views", classes="both"):
             yield Plot("curve")
@@ -130,6 +138,17 @@ class Monitor(App):
         for name in ("axis", "log", "span", "lines"):
             setattr(self.plot.options, name, self.choices.get(name, getattr(self.plot.options, name)))
         self._follow()
+        self.set_interval(machine.SECONDS, self._show_machine)
+
+    def _show_machine(self) -> None:
+        """The machine's line, at its own pace; only where it is seen."""
+        with suppress(NoMatches):
+            line = self.screen_stack[0].query_one("#machine", Static)
+            if line.display and self.selected is not None:
+                self._cores.look()
+                said = machine.describe(self._cores, self.selected.info)
+                said.truncate(self.size.width - 2, overflow="ellipsis")
+                line.update(said)
 
     def _choose(self, **choices) -> None:
         """Remember what was chosen, also for the next time."""
@@ -214,9 +233,16 @@ class Monitor(App):
     def on_resize(self, event: events.Resize) -> None:
         self.call_after_refresh(self.show)
 
+    def get_system_commands(self, screen: Screen) -> Iterator[SystemCommand]:
+        """What the command palette offers: every key's action."""
+        for key in keys.KEYS:
+            if key.action not in ("select(-1)", "select(1)") and len(self.screen_stack) <= 2:
+                title = key.help[0].upper() + key.help[1:]
+                yield SystemCommand(title, f"key {key.shown}", partial(self.run_action, key.action))
+
     def check_action(self, action: str, parameters) -> bool | None:
         """Under the help, only what ends the program."""
-        return len(self.screen_stack) <= 1 or action in ("quit", "dismiss")
+        return len(self.screen_stack) <= 1 or action in ("quit", "dismiss", "copy")
 
     # ---- runs ------------------------------------------------------------------------------------------------
 
@@ -295,6 +321,10 @@ class Monitor(App):
         if self.screen_stack and self.watch.runs:
             with suppress(NoMatches):
                 self.show()
+
+    def action_card(self) -> None:
+        if self.selected is not None:
+            self.push_screen(Card(self.selected, list(self.watch.runs.values())))
 
     def action_help(self) -> None:
         self.push_screen(Help())

@@ -30,6 +30,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("space", "space", "pin", "pin the run: its curve stays while others are selected", "Pin"),
         Key("u", "u", "unpin", "unpin every run"),
         Key("slash", "/", "filter", "show the runs whose name has some words; enter keeps that, esc ends it", "Filter"),
+        Key("i,enter", "i enter", "card", "all about the run, and what to type to go on with it", "Card"),
         Key("s", "s", "sort", "sort the runs: newest, best loss, name", "Sort"),
     )),
     ("Views", (

@@ -18,6 +18,7 @@ from feste import terminal as text
 
 from ..runs import Summary
 from . import colours, summary
+from .card import card, commands
 from .curve import Row
 from .keys import GROUPS, MOUSE
 from .numbers import sparkline
@@ -336,6 +337,27 @@ class Help(ModalScreen):
         for line in MOUSE:
             made.append(f"  {line}\n", "not bold")
         return made
+
+
+class Card(ModalScreen):
+    """All that is known of a run."""
+
+    BINDINGS = [("escape,q,i,enter", "dismiss", "Close"), ("c", "copy(0)", "Copy"),  # noqa: RUF012
+                ("r", "copy(1)", "Copy")]
+
+    def __init__(self, run: FollowedRun, others: list[FollowedRun]) -> None:
+        super().__init__()
+        self.run, self.others = run, others
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="card"):
+            yield Static(card(self.run, self.others), markup=False)
+
+    def action_copy(self, which: int) -> None:
+        """To the clipboard of the terminal, where it has one (OSC 52)."""
+        command = commands(self.run)[which]
+        self.app.copy_to_clipboard(command)
+        self.notify(command, title="copied")
 
 
 def summary_line(run: FollowedRun, place: str, width: int) -> Text:
