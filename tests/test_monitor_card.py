@@ -11,6 +11,7 @@ from tools.monitor.app import Monitor
 from tools.monitor.card import card, commands
 from tools.monitor.keys import KEYS
 from tools.monitor.runs import Watch
+from tools.monitor.samples import compared
 from tools.monitor.widgets import Card
 
 
@@ -56,6 +57,43 @@ async def test_the_card_opens_copies_and_closes(tmp_path):
         await pilot.press("escape")
         await pilot.pause()
         assert not isinstance(app.screen, Card)
+
+
+async def test_settings_that_differ_are_columns_where_there_is_room(tmp_path):
+    app = Monitor(two_runs(tmp_path))
+    async with app.run_test(size=(190, 30)) as pilot:
+        await pilot.pause(0.8)
+        table = app.query_one("#runs")
+        assert "learning_rate" in {key.value for key in table.columns}
+        assert {str(table.get_cell(key, "learning_rate")) for key in app.watch.runs} == {"0.001", "0.002"}
+        await pilot.resize_terminal(80, 40)
+        await pilot.pause(0.5)
+        assert "learning_rate" not in {key.value for key in table.columns}
+
+
+async def test_samples_of_two_runs_stand_beside_each_other(tmp_path):
+    app = Monitor(two_runs(tmp_path))
+    async with app.run_test(size=(130, 40)) as pilot:
+        await pilot.pause(0.8)
+        one, two = app.watch.runs.values()
+        app.select(two)
+        await pilot.press("space")
+        app.select(one)
+        await pilot.press("v")
+        await pilot.pause()
+        shown = str(app.query_one("#sample_text").render())
+        assert f"{one.marker} one" in shown and f"{two.marker} two, step 20" in shown
+        await pilot.press("v")
+        await pilot.pause()
+        assert "two, step" not in str(app.query_one("#sample_text").render())
+
+
+def test_words_that_both_samples_have_are_dim(tmp_path):
+    one, two = sorted(two_runs(tmp_path).read(), key=lambda run: run.name)
+    made = compared(one, "To be or not", two, (5, "To see or not"))
+    dim = {made.plain[span.start:span.end].strip() for span in made.spans if span.style == "dim"}
+    assert dim == {"To", "or", "not"} and "see" in made.plain
+    assert "has no sample" in compared(one, "x", two, None).plain
 
 
 async def test_the_palette_has_every_action(tmp_path):

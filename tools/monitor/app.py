@@ -24,7 +24,8 @@ from . import colours, keys, machine, preferences
 from .curve import View
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
-from .widgets import Card, Filter, Help, Plot, RunTable, Samples, ScrubBar, Status, summary_line, view_names
+from .samples import Samples, ScrubBar
+from .widgets import Card, Filter, Help, Plot, RunTable, Status, summary_line, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
@@ -65,7 +66,7 @@ class Monitor(App):
     #side { width: 1fr; height: 1fr; }
     #samples { height: 3fr; padding: 0 1; }
     .metric { height: 2fr; display: none; }
-    .-large.-tall #views.both .metric { display: block; }
+    .-large.-tall #views.both .metric, .-large.-highest #views.both .metric { display: block; }
     #sample_head, #sample_bar { height: 1; }
     #sample_scroll { height: 1fr; }
     .-small #views.both #side { display: none; }
@@ -99,7 +100,7 @@ class Monitor(App):
         self.pinned: list[str] = []
         self.sort = self.choices.get("sort", SORTS[0])
         self.sample_step: int | None = None  # None: the newest
-        self.view = "both"
+        self.view, self.comparing = "both", False
         self._cores = machine.Cores()
         self._stop, self._waiting = threading.Event(), threading.Event()
 
@@ -117,7 +118,7 @@ class Monitor(App):
                 yield Samples()
                 for metric in SIDE_METRICS:
                     yield Plot(metric.replace(" ", "_"), metric).add_class("metric")
-        yield Footer(compact=True)
+        yield Footer(compact=True, show_command_palette=False)
 
     @property
     def plot(self) -> Plot:
@@ -204,11 +205,16 @@ class Monitor(App):
         base.query_one(Status).show(run, width - 2, brief=self.size.height < LOW)
         for plot in base.query(Plot):
             plot.show(run, [one for one in runs if one.key in self.pinned], self.plot.options)
-        base.query_one(Samples).show(run, self.sample_index())
+        base.query_one(Samples).show(run, self.sample_index(), self._compared_with())
         tabs = Text.assemble(view_names(self.view, self.large), (f" {self.sort} first" if self.sort != "name" else
                              " by name", "dim"), (self._filtered(len(runs)), "bold"),
                              ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True, overflow="ellipsis")
         base.query_one("#tabs", Static).update(tabs)
+
+    def _compared_with(self) -> FollowedRun | None:
+        """The run whose samples are shown beside: the first that is pinned, if that is asked for."""
+        pinned = [self.watch.runs[key] for key in self.pinned if self.watch.runs[key] is not self.selected]
+        return pinned[0] if pinned and self.comparing else None
 
     def _filtered(self, shown: int) -> str:
         """What is left out of the list, if anything is."""
@@ -395,6 +401,12 @@ class Monitor(App):
     def on_scrub_bar_moved(self, message: ScrubBar.Moved) -> None:
         if self.selected is not None and self.selected.samples:
             self._go_to_sample(round(message.fraction * (len(self.selected.samples) - 1)))
+
+    def action_compare(self) -> None:
+        self.comparing = not self.comparing
+        if self.comparing and not [key for key in self.pinned if self.selected is None or key != self.selected.key]:
+            self.notify("pin another run with space, then select this one")
+        self.show()
 
     def action_scroll(self, direction: int) -> None:
         self.screen_stack[0].query_one(Samples).scroll_text(direction)

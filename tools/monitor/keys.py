@@ -61,6 +61,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("right_square_bracket", "]", "sample(1)", "the sample after"),
         Key("left_curly_bracket", "{", "sample(-1000000)", "the first sample"),
         Key("right_curly_bracket", "}", "sample(1000000)", "the newest sample, and those that follow"),
+        Key("v", "v", "compare", "the sample beside that of the first pinned run at the same step", "Versus"),
         Key("pageup", "pgup", "scroll(-1)", "scroll the sample up"),
         Key("pagedown", "pgdn", "scroll(1)", "scroll the sample down"),
     )),
@@ -73,6 +74,7 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
 KEYS = tuple(key for _, group in GROUPS for key in group)
 # In a narrow terminal the footer is cut at its end, so how to get help and out comes first.
 BINDINGS = [key.binding() for key in sorted(KEYS, key=lambda key: key.action not in ("help", "quit"))]
+PALETTE = "ctrl+p finds an action by its words"
 MOUSE = ("click a run: select it; click its mark: pin it; click a column head: sort by it",
          "over the curve: read the values; wheel: zoom there; drag: pan",
          "click the bar over a sample: go there; the names of the views and the footer are buttons too")

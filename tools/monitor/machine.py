@@ -48,7 +48,8 @@ def describe(cores: Cores, info: dict) -> Text:
     made = Text("machine ", "dim", no_wrap=True)
     if cores.busy:
         full = len(LEVELS) - 1
-        made.append("".join(LEVELS[round(min(1.0, max(0.0, busy)) * full)] for busy in cores.busy), "reverse")
+        bars = "".join(LEVELS[round(min(1.0, max(0.0, busy)) * full)] for busy in cores.busy)
+        made.append(bars, colours.palette.runs[0])
         made.append(f" {sum(cores.busy) / len(cores.busy):.0%} of {len(cores.busy)} cores")
     if hasattr(os, "getloadavg"):
         made.append(f"  load {os.getloadavg()[0]:.1f}")

@@ -8,7 +8,7 @@ from rich.style import Style
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widget import Widget
@@ -16,15 +16,18 @@ from textual.widgets import DataTable, Input, Static
 
 from feste import terminal as text
 
+from ..comparison import differences
 from ..runs import Summary
 from . import colours, summary
 from .card import card, commands
 from .curve import Row
-from .keys import GROUPS, MOUSE
+from .keys import GROUPS, MOUSE, PALETTE
 from .numbers import sparkline
 from .picture import Options, extent, picture
 from .runs import FollowedRun
 
+ROOM_FOR_NAMES = 26  # characters of the runs' names that settings leave in the table
+WIDEST_DIAL = 16
 ROOM_FOR_STEPS = 70  # characters of a line that says the step in full
 STATE_WORDS = {"early_stopped": "early stop"}
 # key, head, width; figures are on the right of their columns, and a gap is part of the width
@@ -34,6 +37,20 @@ NARROW = (("mark", "", 4), ("run", "run", 0), ("state", "state", 11), ("done", "
 WIDE = (*NARROW[:3], ("done", "done", 7), ("loss", "train", 9), ("val", "val", 9), ("best", "best", 9),
         ("rate", "step/s", 9), ("tokens", "tok/s", 11), ("left", "left", 10), ("elapsed", "elapsed", 10),
         ("size", "parameters", 15))
+
+
+def dials(runs: list[FollowedRun], room: int) -> dict[str, tuple[int, dict[str, str]]]:
+    """Settings in which runs differ, as many as fit: name -> the width of its column, and key -> what the run has."""
+    found: dict[str, tuple[int, dict[str, str]]] = {}
+    for name, values in differences(runs).items() if room > 0 else ():
+        words = ["-" if value is None else f"{value:g}" if isinstance(value, float) else text.clean_line(str(value))
+                 for value in values]
+        shown = {run.key: text.shorten(word, WIDEST_DIAL) for run, word in zip(runs, words, strict=True)}
+        wide = max(map(len, (name, *shown.values()))) + 2
+        if wide <= room:
+            found[name] = wide, shown
+            room -= wide
+    return found
 
 
 def joined(row: Row) -> Text:
@@ -61,15 +78,19 @@ class RunTable(DataTable):
     def __init__(self) -> None:
         super().__init__(id="runs", cursor_type="row", zebra_stripes=False, cell_padding=0)
         self._shown: tuple = ()
+        self._dials: dict[str, tuple[int, dict[str, str]]] = {}
 
     def fill(self, runs: list[FollowedRun], selected: FollowedRun | None, pinned: set[str], width: int) -> None:
         """Show the runs in this order."""
-        columns = WIDE if width >= 130 else NARROW
-        layout = (width, tuple(run.key for run in runs))
+        layout = (width, tuple((run.key, run.summary.started) for run in runs))
         if layout != self._shown:
             self._shown = layout
             self.clear(columns=True)
+            columns = WIDE if width >= 130 else NARROW
             taken = sum(wide for _, _, wide in columns) + 1  # and a scroll bar
+            self._dials = dials(runs, width - taken - ROOM_FOR_NAMES)
+            columns = (*columns, *((name, name, wide) for name, (wide, _) in self._dials.items()))
+            taken = sum(wide for _, _, wide in columns) + 1
             for key, head, wide in columns:
                 self.add_column(Text(head, justify="left" if key in WORDS else "right"), key=key,
                                 width=wide or min(max(8, width - taken), 60))
@@ -77,7 +98,9 @@ class RunTable(DataTable):
                 self.add_row(*[""] * len(columns), key=run.key)
         for run in runs:
             name_width = self.columns["run"].width - 1
-            for key, cell in self._cells(run, run is selected, run.key in pinned, name_width).items():
+            cells = self._cells(run, run is selected, run.key in pinned, name_width)
+            cells |= {name: Text(values[run.key], justify="right") for name, (_, values) in self._dials.items()}
+            for key, cell in cells.items():
                 if key in self.columns and not _same(self.get_cell(run.key, key), cell):
                     self.update_cell(run.key, key, cell)
         if selected in runs and self.cursor_row != runs.index(selected):  # it scrolls there, so only when it has to
@@ -257,65 +280,6 @@ class Plot(Widget):
             self.zoom(factor, self._picture.x_at(event.x))
 
 
-class ScrubBar(Static):
-    """Where in the run the sample is."""
-
-    class Moved(Message):
-        def __init__(self, fraction: float) -> None:
-            super().__init__()
-            self.fraction = fraction
-
-    def on_click(self, event: events.Click) -> None:
-        self.post_message(self.Moved(event.x / max(1, self.size.width - 1)))
-
-
-class Samples(Vertical):
-    """A sample of the run, and how many there are."""
-
-    def __init__(self) -> None:
-        super().__init__(id="samples")
-        self._shown: tuple | None = None
-
-    def compose(self) -> ComposeResult:
-        yield Static(id="sample_head", markup=False)
-        yield ScrubBar(id="sample_bar", markup=False)
-        with VerticalScroll(id="sample_scroll", can_focus=False):
-            yield Static(id="sample_text", markup=False)
-
-    def show(self, run: FollowedRun, index: int | None) -> None:
-        """The sample of that index, None if there is none."""
-        width = max(10, self.size.width - 2)
-        if index is None:
-            shown = (run.key, None)
-            head, bar, body = "no samples yet", "", Text("")
-        else:
-            step, sample = run.samples[index]
-            shown = (run.key, step, sample)
-            newest = "  newest" if index == len(run.samples) - 1 else ""
-            head = f"sample {index + 1} of {len(run.samples)}  step {step:,}{newest}"
-            place = round(index / max(1, len(run.samples) - 1) * (width - 1))
-            bar, body = "─" * place + "●" + "─" * (width - 1 - place), self._body(run, sample)
-        self.query_one("#sample_head", Static).update(Text(head, "bold"))
-        self.query_one("#sample_bar", Static).update(Text(bar, run.colour))
-        if shown != self._shown:
-            self._shown = shown
-            self.query_one("#sample_text", Static).update(body)
-            self.query_one("#sample_scroll").scroll_home(animate=False)
-
-    @staticmethod
-    def _body(run: FollowedRun, sample: str) -> Text:
-        body = Text(text.clean(sample))
-        train = run.info.get("train")
-        prompt = train.get("sample_prompt") if isinstance(train, dict) else None
-        if isinstance(prompt, str) and body.plain.startswith(text.clean(prompt)):
-            body.stylize("bold", 0, len(text.clean(prompt)))
-        return body
-
-    def scroll_text(self, direction: int) -> None:
-        scroll = self.query_one("#sample_scroll")
-        scroll.scroll_relative(y=direction * max(1, scroll.size.height - 1), animate=False)
-
-
 class Help(ModalScreen):
     """Every key, from the key table."""
 
@@ -333,6 +297,7 @@ class Help(ModalScreen):
             for key in keys:
                 made.append(f"  {key.shown:9}", "bold")
                 made.append(f"{key.help}\n", "not bold")
+        made.append(f"\n{PALETTE}\n")
         made.append("\nMouse\n", "bold underline")
         for line in MOUSE:
             made.append(f"  {line}\n", "not bold")
