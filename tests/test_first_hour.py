@@ -14,7 +14,7 @@ from feste.data import Text as Tokens
 from feste.errors import FesteError
 from tools import plot
 from tools.comparison import cautions
-from tools.monitor.widgets import _same
+from tools.monitor.line import same
 from tools.runs import find_runs, open_runs
 
 
@@ -148,5 +148,5 @@ def test_a_run_that_diverged_does_not_flatten_the_others(tmp_path, text_file):
 
 
 def test_cells_of_another_style_are_others():
-    assert _same(Text("run", "bold"), Text("run", "bold"))
-    assert not _same(Text("run", "bold"), Text("run")) and not _same("", Text("run"))
+    assert same(Text("run", "bold"), Text("run", "bold"))
+    assert not same(Text("run", "bold"), Text("run")) and not same("", Text("run"))

@@ -22,6 +22,7 @@ from textual.widgets import Footer, Static
 
 from . import colours, keys, machine, preferences
 from .curve import View
+from .line import Line
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
 from .samples import Samples, ScrubBar
@@ -29,6 +30,7 @@ from .widgets import Card, Filter, Help, Plot, RunTable, Status, summary_line, v
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
+MOST_OFTEN, LONGEST_WAIT = 25, 4.0  # showing takes one part in so many of a core; but is not put off longer, in seconds
 LARGE_WIDTH = 120                    # from here on curve and samples stand side by side,
 TALL, HIGHEST = 40, 48               # from here on with all metrics, and with a longer list
 LOW, FLAT = 30, 18  # with fewer rows the list is one line and the sample stands under the curve; or it is all curve
@@ -101,17 +103,17 @@ class Monitor(App):
         self.sort = self.choices.get("sort", SORTS[0])
         self.sample_step: int | None = None  # None: the newest
         self.view, self.comparing = "both", False
-        self._cores = machine.Cores()
+        self._cores, self._cost = machine.Cores(), 0.0
         self._stop, self._waiting = threading.Event(), threading.Event()
 
     def compose(self) -> ComposeResult:
         yield RunTable()
-        yield Static(id="line", markup=False)
+        yield Line("line")
         yield Filter()
         yield Static(id="empty", markup=False)
-        yield Status(id="status", markup=False)
-        yield Static(id="machine", markup=False)
-        yield Static(id="tabs", markup=False)
+        yield Status("status")
+        yield Line("machine")
+        yield Line("tabs")
         with Horizontal(id="views", classes="both"):
             yield Plot("curve")
             with Vertical(id="side"):
@@ -144,12 +146,12 @@ class Monitor(App):
     def _show_machine(self) -> None:
         """The machine's line, at its own pace; only where it is seen."""
         with suppress(NoMatches):
-            line = self.screen_stack[0].query_one("#machine", Static)
+            line = self.screen_stack[0].query_one("#machine", Line)
             if line.display and self.selected is not None:
                 self._cores.look()
                 said = machine.describe(self._cores, self.selected.info)
                 said.truncate(self.size.width - 2, overflow="ellipsis")
-                line.update(said)
+                line.say(said)
 
     def _choose(self, **choices) -> None:
         """Remember what was chosen, also for the next time."""
@@ -169,7 +171,8 @@ class Monitor(App):
                 self.watch.scan()
                 scanned = time.monotonic()
             more = self.watch.poll()
-            late = time.monotonic() - shown >= POLL_SECONDS  # showing takes time from the reading of a long log
+            # Showing takes time from the reading of a long log, and from those who train on this machine.
+            late = time.monotonic() - shown >= max(POLL_SECONDS, MOST_OFTEN * self._cost)
             if not self._waiting.is_set() and late and (shown < 0 or self.watch.fresh):
                 shown = time.monotonic()
                 self._waiting.set()
@@ -179,8 +182,14 @@ class Monitor(App):
     def on_monitor_polled(self) -> None:
         self._waiting.clear()
         if self.screen_stack:
+            begun = time.process_time()
             with suppress(NoMatches):  # the screen is being taken down
                 self.show()
+            self.call_after_refresh(self._note_cost, begun)
+
+    def _note_cost(self, begun: float) -> None:
+        """What it took to show what was new."""
+        self._cost = min(time.process_time() - begun, LONGEST_WAIT / MOST_OFTEN)
 
     # ---- showing ---------------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ class Monitor(App):
         run, width = self.selected, self.size.width
         base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
         place = f"{runs.index(run) + 1} of {len(runs)}" if run in runs else ""
-        base.query_one("#line", Static).update(summary_line(run, place, width - 2))
+        base.query_one("#line", Line).say(summary_line(run, place, width - 2))
         base.query_one(Status).show(run, width - 2, brief=self.size.height < LOW)
         for plot in base.query(Plot):
             plot.show(run, [one for one in runs if one.key in self.pinned], self.plot.options)
@@ -209,7 +218,7 @@ class Monitor(App):
         tabs = Text.assemble(view_names(self.view, self.large), (f" {self.sort} first" if self.sort != "name" else
                              " by name", "dim"), (self._filtered(len(runs)), "bold"),
                              ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True, overflow="ellipsis")
-        base.query_one("#tabs", Static).update(tabs)
+        base.query_one("#tabs", Line).say(tabs)
 
     def _compared_with(self) -> FollowedRun | None:
         """The run whose samples are shown beside: the first that is pinned, if that is asked for."""

@@ -14,10 +14,11 @@ from textual.widgets import Static
 
 from feste import terminal as text
 
+from .line import Line
 from .runs import FollowedRun
 
 
-class ScrubBar(Static):
+class ScrubBar(Line):
     """Where in the run the sample is."""
 
     class Moved(Message):
@@ -37,8 +38,8 @@ class Samples(Vertical):
         self._shown: tuple | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(id="sample_head", markup=False)
-        yield ScrubBar(id="sample_bar", markup=False)
+        yield Line("sample_head")
+        yield ScrubBar("sample_bar")
         with VerticalScroll(id="sample_scroll", can_focus=False):
             yield Static(id="sample_text", markup=False)
 
@@ -57,8 +58,8 @@ class Samples(Vertical):
             place = round(index / max(1, len(run.samples) - 1) * (width - 1))
             bar = "─" * place + "●" + "─" * (width - 1 - place)
             body = self._body(run, sample) if other is None else compared(run, sample, other, beside)
-        self.query_one("#sample_head", Static).update(Text(head, "bold"))
-        self.query_one("#sample_bar", Static).update(Text(bar, run.colour))
+        self.query_one("#sample_head", Line).say(Text(head, "bold"))
+        self.query_one("#sample_bar", Line).say(Text(bar, run.colour))
         if shown != self._shown:
             self._shown = shown
             self.query_one("#sample_text", Static).update(body)

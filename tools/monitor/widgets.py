@@ -22,6 +22,7 @@ from . import colours, summary
 from .card import card, commands
 from .curve import Row
 from .keys import GROUPS, MOUSE, PALETTE
+from .line import Line, same
 from .numbers import sparkline
 from .picture import Options, extent, picture
 from .runs import FollowedRun
@@ -56,11 +57,6 @@ def dials(runs: list[FollowedRun], room: int) -> dict[str, tuple[int, dict[str, 
 def joined(row: Row) -> Text:
     """Styled text from pieces; the text is never taken for markup."""
     return Text.assemble(*[(piece, style) for piece, style in row], no_wrap=True, overflow="ellipsis", end="")
-
-
-def _same(old: Text | str, new: Text) -> bool:
-    """Whether two cells look alike: a Text is equal to another one of any style."""
-    return isinstance(old, Text) and old == new and old.style == new.style
 
 
 class RunTable(DataTable):
@@ -101,7 +97,7 @@ class RunTable(DataTable):
             cells = self._cells(run, run is selected, run.key in pinned, name_width)
             cells |= {name: Text(values[run.key], justify="right") for name, (_, values) in self._dials.items()}
             for key, cell in cells.items():
-                if key in self.columns and not _same(self.get_cell(run.key, key), cell):
+                if key in self.columns and not same(self.get_cell(run.key, key), cell):
                     self.update_cell(run.key, key, cell)
         if selected in runs and self.cursor_row != runs.index(selected):  # it scrolls there, so only when it has to
             self.move_cursor(row=runs.index(selected))
@@ -154,8 +150,10 @@ class Filter(Input):
         return all(word in name.lower() for word in self.value.lower().split())
 
 
-class Status(Static):
+class Status(Line):
     """The numbers of the selected run."""
+
+    _height = 0
 
     def show(self, run: FollowedRun, width: int, brief: bool = False) -> None:
         """brief: only the figures, a line each; what else there is stands in a line above."""
@@ -177,7 +175,8 @@ class Status(Static):
         """A line is cut where the screen ends, and does not take another's place."""
         for line in lines:
             line.truncate(width, overflow="ellipsis")
-        self.update(Text("\n", no_wrap=True).join(lines))
+        self.say(Text("\n", no_wrap=True).join(lines), layout=len(lines) != self._height)
+        self._height = len(lines)
 
     @staticmethod
     def _bar(run: FollowedRun, s: Summary, width: int) -> Row:
