@@ -126,6 +126,8 @@ def _preset(args: argparse.Namespace) -> Preset:
         raise FesteError(f"--preset {BEST} needs --minutes, and --minutes is for it alone", "minutes")
     if args.preset == BEST and (args.resume or args.checkpoint):
         raise FesteError(f"--preset {BEST} is for new models; leave {'--resume' if args.resume else '--from'} out")
+    if args.preset == BEST and parallel.world().size > 1:
+        raise FesteError(f"--preset {BEST} measures and plans for one process; choose another preset for several ranks")
     if args.preset == BEST:
         source = Source(**_named(args, Source))
         preset, reasons = best.choose(source.characters(), args.minutes, args.precision, args.threads or 0)

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
-# What launchers tell a process: MPICH and Intel MPI, Open MPI, and PMIx without either.
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PMIX_RANK")
+# What launchers tell a process: MPICH and Intel MPI, Open MPI, and Slurm through PMIx, which does not tell how many.
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MPI_LOCALRANKID")
 
 
 def launched() -> bool:
-    """Whether a launcher of MPI started this process, or the program uses MPI already."""
-    return any(name in os.environ for name in SIZES) or "mpi4py.MPI" in sys.modules
+    """Whether a launcher of MPI started this process beside others, or the program uses MPI already."""
+    sizes = [os.environ[name] for name in SIZES if name in os.environ]
+    if not sizes and "PMIX_RANK" in os.environ:
+        sizes = [os.environ.get("SLURM_STEP_NUM_TASKS", "several")]
+    return any(size != "1" for size in sizes) or "mpi4py.MPI" in sys.modules
 
 
 def may_speak() -> bool:

@@ -101,6 +101,10 @@ class AdamW:
 
     def own(self, ranges: list[slice]) -> None:
         """From now on update these ranges of the flat buffers, which are in order, and no others."""
+        if ranges == self.ranges:
+            return
+        if self.m.size != self.model.table.size:
+            raise FesteError("this optimizer has the moments of one rank among others; load it anew", "optimizer")
         m, v = self.m, self.v
         self.ranges, self.parts = ranges, list(self.parts_of(ranges))
         self.m = ops.zeros(sum(part.stop - part.start for part in ranges))

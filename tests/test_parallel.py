@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feste import GPT2, AdamW, Config, FesteError, ops
+from feste import GPT2, AdamW, Config, FesteError, launcher, ops
 from feste.config import PRESETS, TrainConfig
 from feste.leaves import Leaves, depth, tree_sum
 from feste.optim import Muon
@@ -329,6 +329,26 @@ def test_a_rank_that_is_heard_of_no_more_ends_the_job(tmp_path):
         begun = time.monotonic()
         _, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 12 and "rank 1 on" in err and "has not been heard of" in err
+
+
+@pytest.mark.parametrize(("told", "several"), [
+    ({}, False), ({"PMI_SIZE": "1", "PMI_RANK": "0"}, False), ({"PMI_SIZE": "4"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"PMIX_RANK": "0"}, True),
+    ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, False), ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}, True),
+    ({"SLURM_NTASKS": "8"}, False)])
+def test_what_launchers_tell(monkeypatch, told, several):
+    monkeypatch.setattr(os, "environ", told)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    assert launcher.launched() is several
+
+
+def test_an_optimizer_of_one_rank_cannot_become_that_of_another():
+    optimizer = AdamW(GPT2(Config(600, 64, 2, 2, 16)))
+    buckets = Buckets(optimizer.model.config, 2)
+    optimizer.own(buckets.of(0))
+    optimizer.own(buckets.of(0))
+    with pytest.raises(FesteError, match="one rank among others"):
+        optimizer.own(buckets.of(1))
 
 
 def test_without_mpi_nothing_of_it_is_imported():
