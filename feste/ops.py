@@ -137,11 +137,11 @@ tile_squares = _kernels.tile_squares
 def use(name: str) -> None:
     """From now on the kernels of another instruction set, by its name; ImportError if there is none for this CPU."""
     global isa, isa_reason, _kernels
-    before, threads = _kernels, get_num_threads()
+    before, threads = vars(_kernels), get_num_threads()
     isa, isa_reason = _choose(name)[0], "as asked for"
     _kernels = load(isa)
     for kernel, value in list(globals().items()):
-        if value is getattr(before, kernel, _kernels):
+        if kernel in before and value is before[kernel] and not kernel.startswith("__"):
             globals()[kernel] = getattr(_kernels, kernel)
     set_num_threads(threads)
 

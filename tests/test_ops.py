@@ -316,6 +316,15 @@ def test_every_instruction_set_is_compiled_with_its_own_flags(isa):
     assert panel == {"avx512": 32, "avx2": 16, "neon": 12, "generic": 8}[isa]
 
 
+def test_another_instruction_set_can_be_taken_later():
+    done = in_python("from feste import ops\nops.set_num_threads(1)\nops.use('generic')\nKernel = type(ops.gemm)\n"
+                     "kernels = [value for value in vars(ops).values() if type(value) is Kernel]\n"
+                     "assert len(kernels) >= 40 and {k.__module__ for k in kernels} == {'feste._ops_generic'}, kernels\n"
+                     "assert ops.get_num_threads() == 1 and ops.Recording.__module__ == 'feste._ops_generic'\n"
+                     "print(ops.isa, ops.isa_reason)")
+    assert done.stdout.strip() == "generic as asked for", done.stderr
+
+
 def test_an_instruction_set_that_is_not_there_is_an_error():
     done = in_python("from feste import ops", FESTE_ISA="altivec")
     assert done.returncode == 1 and "FESTE_ISA=altivec is unknown; choose one of" in done.stderr

@@ -282,6 +282,22 @@ def test_apart_the_same_ranks_come_to_the_same_numbers_and_go_on_to_the_bit(tmp_
 
 
 @needs_mpi
+@pytest.mark.skipif(len(ops.available_isas) < 2, reason="one instruction set was built")
+def test_ranks_with_other_kernels_are_refused_and_a_flag_gives_them_the_same(tmp_path):
+    best, other = ops.available_isas[:2]
+    flags = [*arguments(tmp_path, tmp_path / "run", **FOUR), "--isa"]
+    python = [sys.executable, "-m", "feste", "train"]
+    job_of_two = [MPIEXEC, "-n", "1", *python, *flags, best, ":", "-n", "1", *python, *flags, other]
+    done = subprocess.run(job_of_two, capture_output=True, text=True, env=MPI_ENVIRONMENT, cwd=ROOT, timeout=60)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "another instruction set than rank 0 on" in done.stderr
+    assert f": {other}, not {best}; set a common one with --isa NAME" in done.stderr
+    job_of_two[job_of_two.index(best)] = other
+    subprocess.run(job_of_two, capture_output=True, check=True, env=MPI_ENVIRONMENT, cwd=ROOT, timeout=60)
+    assert read_info(tmp_path / "run")["isa"] == other
+
+
+@needs_mpi
 def test_bf16_on_the_wire_learns_the_same_and_says_that_its_bits_are_its_own(tmp_path):
     exact, rounded = job(tmp_path, "exact", 2, **FOUR), job(tmp_path, "rounded", 2, **FOUR, wire="bf16")
     last = [float(history(run)[-1][2]) for run in (exact, rounded)]
