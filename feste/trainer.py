@@ -310,8 +310,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             state.skipped_in_a_row = 0
             return
-        loss_is_finite = math.isfinite(loss)
-        what = (f"the gradient norm is {grad_norm}" if loss_is_finite else
+        what = (f"the gradient norm is {grad_norm}" if math.isfinite(loss) else
                 f"the loss is {loss}{self.update.where_not_finite()}")
         if self.config.on_nan == "stop":
             raise TrainingDiverged(f"step {state.step}: {what}; {ADVICE}")

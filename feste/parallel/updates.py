@@ -105,7 +105,6 @@ class InStep(Single):
         self.team, self.bf16, self._signal = team, config.wire == "bf16", None
         self.buckets = Buckets(model.config, team.size, optimizer.whole)
         optimizer.own(self.buckets.of(team.rank))
-        self.comm = team.comm.Dup()
         self.exchange = Exchange(team, self.buckets, model.flat_grads, config.wire)
 
     def compute(self, batches, weights, first_key, signal):
@@ -154,7 +153,7 @@ class InStep(Single):
                   for rank in range(self.team.size)]
         mine = np.concatenate([own[:0], *(own[slice(*tiles_of(part))] for part in self.optimizer.ranges)])
         room = np.empty(own.size)
-        self.team.wait(self.comm.Iallgatherv(mine, [room, counts]))
+        self.team.wait(self.team.comm.Iallgatherv(mine, [room, counts]))
         tiles, at = np.empty(own.size), 0
         for rank in range(self.team.size):
             for first, last in map(tiles_of, self.buckets.of(rank)):
@@ -185,7 +184,7 @@ class InStep(Single):
         sizes = self.team.gather((m.size, v.size))
         if not self.team.first:
             for moment in (m, v):
-                self.team.wait(self.comm.Isend(moment, 0))
+                self.team.wait(self.team.comm.Isend(moment, 0))
             return None
         if room is None:
             room = ops.zeros(self.model.table.size), ops.zeros(self.optimizer.v_table.size)
@@ -193,7 +192,7 @@ class InStep(Single):
         for rank in range(1, self.team.size):
             theirs = tuple(np.empty(size, np.float32) for size in sizes[rank])
             for moment in theirs:
-                self.team.wait(self.comm.Irecv(moment, rank))
+                self.team.wait(self.team.comm.Irecv(moment, rank))
             self.optimizer.put(*room, self.buckets.of(rank), *theirs)
         return room
 
