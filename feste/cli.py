@@ -47,6 +47,7 @@ from feste.progress import Progress, discard_output
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint
 from feste.run.follow import read_info
+from feste.run.journal import overheard
 from feste.terminal import clean, duration
 from feste.text import ERRORS
 from feste.tokenizer import BPETokenizer
@@ -278,7 +279,10 @@ def run_training(preset: Preset, args: argparse.Namespace, loop: Callable[[Run],
     """Plan the run that the flags describe, say what it is, and carry it out. Returns the exit code."""
     team = parallel.world()
     require_loggers(args.log_to)
-    the_plan = _plan(preset, args)
+    warned: list[str] = []
+    with overheard(warned.append):
+        the_plan = _plan(preset, args)
+    the_plan.warned = warned
     announce(the_plan)
     team.on_first(lambda: _refuse_full_disk(the_plan))
     if args.dry_run:
@@ -435,10 +439,10 @@ def announce(the_plan: Plan) -> None:
     if team.size > 1:
         print(f"ranks: {describe_ranks(team, t)}")
     if ops.get_num_threads() > useful_threads():
-        print(f"note: {ops.get_num_threads()} threads have the time of {useful_threads()} cores, so they wait for each "
-              "other; leave --threads out")
+        _note(the_plan, f"{ops.get_num_threads()} threads have the time of {useful_threads()} cores, so they wait for "
+                        "each other; leave --threads out")
     if t.precision == "bf16" and ops.isa != "avx512":
-        print("this CPU has no bfloat16 instructions: the same numbers, slower than fp32")
+        _note(the_plan, "this CPU has no bfloat16 instructions: the same numbers, slower than fp32")
     chars = the_plan.info["data_flags"]["train_chars"]
     limit = f"at most {chars:,} characters of " if chars else ""
     print(f"data: {limit}{the_plan.info['source']}: {the_plan.data.describe(t)}")
@@ -447,8 +451,14 @@ def announce(the_plan: Plan) -> None:
     print(f"run: {t.num_steps:,} steps, which read the training part {passes:.3g} times; {where} {the_plan.run_dir}, "
           f"which takes up to {disk_bytes(the_plan) / 1e6:,.0f} MB of disk")
     if advice := repetition_advice(the_plan, passes):
-        print(f"note: {advice}")
+        _note(the_plan, advice)
     sys.stdout.flush()
+
+
+def _note(the_plan: Plan, words: str) -> None:
+    """Say it here, and in the journal of the run."""
+    print(f"note: {words}")
+    the_plan.warned.append(words)
 
 
 def describe_ranks(team: parallel.Team, config: TrainConfig) -> str:

@@ -58,7 +58,8 @@ class Plan:
 
     data: the whole text, or all pairs. state: where it begins, behind the last step of the run that it resumes.
     run_dir: None for a run that leaves nothing on the disk. origin: the directory of the run that is resumed.
-    info: what run.json says beside the rest. notes: what a person should know, a line each.
+    info: what run.json says beside the rest. notes: what a person should know, a line each; warned: the warnings that
+    came while it was made.
     """
 
     model: GPT2
@@ -71,6 +72,7 @@ class Plan:
     origin: Path | None = None
     info: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         block_size = self.model.config.block_size

@@ -33,10 +33,13 @@ from feste.plan import Plan
 from feste.progress import Progress
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import RunDirectory, due_names
+from feste.run.journal import INFO, WARNING, overheard
+from feste.speed import measured_peak, training_flops
 from feste.tokenizer import BPETokenizer
 from feste.version import __version__
 
 SAMPLE_TEMPERATURE = 0.8
+PEAK_SECONDS = 0.02  # of measuring, at the start, what this machine could do
 MAX_SKIPPED_IN_A_ROW = 10
 
 ADVICE = ("the learning rate may be too high: try half of it. If that does not help, look for damaged text in the "
@@ -96,18 +99,20 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     named = {"num_steps": num_steps, "learning_rate": learning_rate, "seq_len": seq_len}
     settings |= {name: value for name, value in named.items() if value is not None}
     config = plan.with_settings(config, _optimizer_settings(optimizer, settings) | {"precision": model.precision})
-    run_dir, team = None if run_dir is None else Path(run_dir), parallel.world()
-    if resume is None:
-        if run_dir is not None:
-            team.on_first(lambda: plan.require_new(run_dir))
-        the_plan = plan.new(model, tokenizer, text, config, None, optimizer, info)
-        the_plan.run_dir = run_dir
-    else:
-        if not isinstance(resume, Checkpoint):
-            path = Path(resume)
-            resume = parallel.shared_checkpoint(team, lambda: plan.checkpoint_to_resume(path, run_dir))
-            run_dir = resume.path.parent if run_dir is None else run_dir
-        the_plan = plan.resumed_in(model, tokenizer, optimizer, resume, text, config, run_dir, info)
+    run_dir, team, warned = None if run_dir is None else Path(run_dir), parallel.world(), []
+    with overheard(warned.append):
+        if resume is None:
+            if run_dir is not None:
+                team.on_first(lambda: plan.require_new(run_dir))
+            the_plan = plan.new(model, tokenizer, text, config, None, optimizer, info)
+            the_plan.run_dir = run_dir
+        else:
+            if not isinstance(resume, Checkpoint):
+                path = Path(resume)
+                resume = parallel.shared_checkpoint(team, lambda: plan.checkpoint_to_resume(path, run_dir))
+                run_dir = resume.path.parent if run_dir is None else run_dir
+            the_plan = plan.resumed_in(model, tokenizer, optimizer, resume, text, config, run_dir, info)
+    the_plan.warned = warned
     if not progress or not team.first:
         return train(the_plan, on_step, settled=on_step is not None)
     with Progress(the_plan.config, start=the_plan.state.step) as shown:
@@ -217,6 +222,8 @@ class Run:
             self._directory = RunDirectory(
                 p.run_dir, description, self.config, self.model, self.tokenizer, self.optimizer,
                 resumed_at=state.step if p.resumed else None, best_step=state.best_step, origin=p.origin)
+            for words, kind in [(note, INFO) for note in p.notes] + [(warning, WARNING) for warning in p.warned]:
+                self._directory.say(words, kind)
         self.model.zero_grad()
         self.team.begin_watch()
         return self
@@ -235,6 +242,8 @@ class Run:
                 "corpus_sha256": self.plan.corpus_sha256, "val_bytes_per_token": self.bytes_per_token,
                 "feste": __version__, "isa": ops.isa,
                 "threads": ops.get_num_threads(), "resumed_at": self.state.step or None,
+                "flops_per_token": training_flops(self.model.config, self.config.seq_len),
+                "peak_flops": measured_peak(self.config.precision == "bf16", PEAK_SECONDS),
                 "skipped_steps": self.state.skipped, **self.team.describe(ops.get_num_threads())}
 
     # ---- what a loop calls, in this order -------------------------------------------------------------------
@@ -317,6 +326,8 @@ class Run:
         self.model.zero_grad()
         state.skipped += 1
         state.skipped_in_a_row += 1
+        if self._directory is not None:
+            self._directory.say(f"step {state.step:,} is skipped: {what}", WARNING)
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(f"step {state.step}: {what}, the {state.skipped_in_a_row}th time in a row; {ADVICE}")
 

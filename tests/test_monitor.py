@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import itertools
 import json
 import math
@@ -19,61 +18,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from watched import Shown, append, info, make_run, rows, screen_text, until
 
-from feste.run import log as run_log
 from feste.run.follow import machine
 from feste.run.names import COLUMNS, INFO, LOCK, LOG
-from feste.run.rows import record_of
 from tools.monitor import app as app_module
 from tools.monitor import summary
 from tools.monitor.__main__ import main
 from tools.monitor.app import POLL_SECONDS, Monitor
 from tools.monitor.keys import KEYS
+from tools.monitor.pages import Page
 from tools.monitor.picture import Options
 from tools.monitor.runs import Watch, in_order
-from tools.monitor.widgets import Help, Plot
+from tools.monitor.widgets import Plot
 
 ROOT = Path(__file__).parent.parent
 
 
 # ---- runs to look at ---------------------------------------------------------------------------------------
-
-
-def rows(n: int, first: int = 1, loss: float = 6.0) -> list[dict]:
-    """A loss that falls, a validation every 5 steps and a sample every 10."""
-    made = []
-    for step in range(first, first + n):
-        row = {"step": step, "timestamp": f"{step}.000", "elapsed_seconds": 0.5 * step, "learning_rate": 3e-4,
-               "train_loss": loss / step ** 0.3, "train_perplexity": 2.0, "grad_norm": 1.5, "tokens_per_second": 4096.0}
-        if step % 5 == 0:
-            row["val_loss"] = loss / step ** 0.3 + 0.1
-        if step % 10 == 0:
-            row["sample"] = f"To be sample of step {step}\n" + "line\n" * 60
-        made.append(row)
-    return made
-
-
-def csv_rows(records: list[dict], header=COLUMNS) -> list[list[str]]:
-    return [[run_log._cell(r.get(name)) for name in header] for r in records]
-
-
-def make_run(path: Path, records: list[dict], info: dict | None = None, header=COLUMNS) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOG, "w", encoding="utf-8", newline="") as file:
-        file.writelines(map(record_of, [header, *csv_rows(records, header)]))
-    if info is not None:
-        (path / INFO).write_text(json.dumps(info))
-    return path
-
-
-def info(state: str = "running", **more) -> dict:
-    return {"state": state, "host": "elsewhere", "planned_steps": 400, "started": "2026-01-01T00:00:00+00:00",
-            "model": {"vocab_size": 512}, "train": {"sample_prompt": "To be"}, "parameters": 169_728} | more
-
-
-def append(path: Path, records: list[dict]) -> None:
-    with open(path / LOG, "a", encoding="utf-8", newline="") as file:
-        file.writelines(map(record_of, csv_rows(records)))
 
 
 @pytest.fixture(autouse=True)
@@ -94,45 +56,6 @@ def folder(tmp_path) -> Path:
 # ---- the app in a test -------------------------------------------------------------------------------------
 
 
-def screen_text(app: Monitor) -> str:
-    """The characters of the screen, from its picture; a cell is 12.2 units wide."""
-    lines: dict[float, list[str]] = {}
-    for x, y, words in re.findall(r'<text class="[^"]*-r\d+" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)</text>',
-                                  app.export_screenshot()):
-        line = lines.setdefault(float(y), [" "] * app.size.width)
-        column, words = round(float(x) / 12.2), html.unescape(words).replace("\xa0", " ").rstrip("\n")
-        line[column:column + len(words)] = words
-    return "\n".join("".join(lines[y]) for y in sorted(lines))
-
-
-async def until(pilot, condition) -> None:
-    """Wait for what the polling thread brings; long, for the machine may be slow and shared."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        await pilot.pause(0.02)
-        if condition():
-            return
-    raise AssertionError(f"it did not come about; the screen shows\n{screen_text(pilot.app)}")
-
-
-class Shown:
-    """A monitor of some paths, once it has read them."""
-
-    def __init__(self, *paths: Path, size=(80, 34), ready=None) -> None:
-        self.app = Monitor(Watch(list(paths)))
-        self._context = self.app.run_test(size=size)
-        self._ready = ready or (lambda: self.app.selected is not None)
-
-    async def __aenter__(self):
-        self.pilot = await self._context.__aenter__()
-        await until(self.pilot, self._ready)
-        await self.pilot.pause()
-        return self.app, self.pilot
-
-    async def __aexit__(self, *error) -> None:
-        await self._context.__aexit__(*error)
-
-
 def state_of(app: Monitor) -> dict:
     options = app.plot.options
     base = app.screen_stack[0]
@@ -140,7 +63,8 @@ def state_of(app: Monitor) -> dict:
             "view": app.view, "zen": base.has_class("zen"), "theme": app.theme, "span": options.view.span,
             "end": options.view.end, "axis": options.axis, "log": options.log, "smooth": options.span,
             "lines": options.lines, "metric": options.metric, "cursor": options.cursor, "sample": app.sample_step,
-            "scroll": base.query_one("#sample_scroll").scroll_y, "help": isinstance(app.screen, Help),
+            "hidden": len(options.hidden), "share": app.share, "rows": app.rows,
+            "scroll": base.query_one("#sample_scroll").scroll_y, "page": type(app.screen).__name__,
             "over": not app.is_running or app._exit}
 
 
@@ -165,13 +89,16 @@ EFFECTS = {
     "right_square_bracket": (["left_square_bracket"] * 3, {"sample": 80}),
     "left_curly_bracket": ([], {"sample": 10}), "right_curly_bracket": (["left_square_bracket"], {"sample": None}),
     "pagedown": (["2"], {"scroll": ...}), "pageup": (["2", "pagedown"], {"scroll": 0}),
-    "question_mark": ([], {"help": True}), "f1": ([], {"help": True}),
+    "question_mark": ([], {"page": "Help"}), "f1": ([], {"page": "Help"}),
+    "o": ([], {"page": "JournalPage"}), "i": ([], {"page": "Card"}), "enter": ([], {"page": "Card"}),
+    "c": ([], {"hidden": 1}), "less_than_sign": ([], {"share": 70}), "greater_than_sign": ([], {"share": 80}),
+    "left_parenthesis": ([], {"rows": 2}), "right_parenthesis": (["left_parenthesis"], {"rows": 3}),
     "q": ([], {"over": True}), "ctrl+c": ([], {"over": True}),
 }
 
 
 def test_every_key_has_a_test():
-    assert sorted([*EFFECTS, "slash", "i", "enter", "v"]) == sorted(key for one in KEYS for key in one.keys.split(","))
+    assert sorted([*EFFECTS, "slash", "v"]) == sorted(key for one in KEYS for key in one.keys.split(","))
 
 
 def reset(app: Monitor) -> None:
@@ -180,6 +107,7 @@ def reset(app: Monitor) -> None:
     app.sort, app.sample_step, app.theme = "newest", None, "textual-dark"
     app.selected = in_order(app.runs(), "newest")[0]
     app.pinned.clear()
+    app.share = app.rows = None
     app.screen_stack[0].remove_class("zen")
     app.action_view("both")
     app.screen_stack[0].query_one("#sample_scroll").scroll_home(animate=False)
@@ -206,7 +134,7 @@ async def test_keys(folder):
         for key in EFFECTS:
             if key not in ("q", "ctrl+c"):
                 await check_key(app, pilot, key)
-                if isinstance(app.screen, Help):
+                if isinstance(app.screen, Page):
                     await pilot.press("escape")
                 reset(app)
                 await pilot.pause()
@@ -242,7 +170,7 @@ async def test_help_shows_every_key_and_closes(folder):
             await pilot.press("tab", "s", "down")  # they do not reach what is below
             assert state_of(app) == before
             await pilot.press(key)
-            assert not isinstance(app.screen, Help) and app.is_running
+            assert not isinstance(app.screen, Page) and app.is_running
 
 
 async def test_keys_without_any_run(tmp_path):

@@ -3,16 +3,17 @@
 import os
 
 import pytest
-from test_monitor import info, make_run, rows
+from watched import info, make_run, rows
 
 from feste import machine as this_machine
 from tools.monitor import machine
 from tools.monitor.app import Monitor
 from tools.monitor.card import card, commands
 from tools.monitor.keys import KEYS
+from tools.monitor.pages import Card
+from tools.monitor.picture import METRICS
 from tools.monitor.runs import Watch
 from tools.monitor.samples import compared
-from tools.monitor.widgets import Card
 
 
 def two_runs(folder):
@@ -101,7 +102,7 @@ async def test_the_palette_has_every_action(tmp_path):
     async with app.run_test(size=(100, 30)) as pilot:
         await pilot.pause(0.6)
         offered = {command.title: command for command in app.get_system_commands(app.screen)}
-        assert len(offered) == len({key.help for key in KEYS}) - 2  # all but up and down
+        assert len(offered) == len({key.help for key in KEYS}) - 2 + len(METRICS)  # all but up and down
         before = app.sort
         await offered["Sort the runs: newest, best loss, name"].callback()
         assert app.sort != before
@@ -126,12 +127,12 @@ def cores(tmp_path, monkeypatch):
 
 def test_cores_are_told_from_the_counters(cores):
     assert cores.busy == pytest.approx([0.9, 0.5]) and cores.stolen == pytest.approx(0.2)
-    assert "70% of 2 cores" in machine.describe(cores, {}).plain
+    assert "70% of 2 cores" in machine.describe(cores, {}, None).plain
 
 
 def test_without_counters_nothing_is_said_of_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "STAT", tmp_path / "none")
-    assert "cores" not in machine.describe(machine.Cores(), {}).plain
+    assert "cores" not in machine.describe(machine.Cores(), {}, None).plain
 
 
 def test_what_slows_a_run_down_is_named(cores, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 import pexpect
 import pytest
-from test_monitor import info, make_run, rows
+from watched import info, make_run, rows
 
 from tools.monitor import preferences
 from tools.monitor.app import Monitor

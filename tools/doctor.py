@@ -96,12 +96,10 @@ def missing() -> list[str]:
 def tile_rate(threads: int) -> float:
     """Operations a second of the register tile on data in L1."""
     from feste import ops
+    from feste.speed import measured_peak
     ops.set_num_threads(threads)
-    ops.peak_flops(1000)
-    done, begun = 0.0, time.perf_counter()
-    while time.perf_counter() - begun < SECONDS:
-        done += ops.peak_flops(2000)
-    return done / (time.perf_counter() - begun)
+    measured_peak(bf16=False, at_least=0.01)  # threads start, clocks rise
+    return measured_peak(bf16=False, at_least=SECONDS)
 
 
 def step_seconds() -> float:

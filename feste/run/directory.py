@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+import traceback as tracebacks
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from feste.config import TrainConfig
 from feste.model import GPT2
 from feste.optim import AdamW
 from feste.run.checkpoint import CheckpointError, Snapshot, cannot_write, step_of, verify, write
+from feste.run.journal import ERROR, INFO, Journal
 from feste.run.log import RunDirectoryError, RunLog, copy_rows, failure
 from feste.run.names import BEST, FINAL, LOCK, LOG, SET_ASIDE, STABLE, TOKENIZER, periodic, periodic_name
 from feste.tokenizer import BPETokenizer
@@ -78,7 +80,7 @@ def find_checkpoint(path: str | os.PathLike, prefer: str = "latest") -> tuple[Pa
 
 
 class RunDirectory:
-    """Log, run.json and checkpoints of one run. A context: leaving it by an error ends the run as failed.
+    """Log, run.json, journal and checkpoints of one run. A context: leaving it by an error ends the run as failed.
 
     info goes into run.json. A new run needs a new directory. With resumed_at, an earlier run goes on behind that step:
     rows of later steps are dropped and later checkpoints set aside. If that run is in another directory, origin, its
@@ -93,17 +95,20 @@ class RunDirectory:
         origin = self.path if origin is None else Path(origin)
         self._in_place = resumed_at is not None and origin.resolve() == self.path.resolve()
         self._lock, self._log, self._steps = None, None, 0
+        self._journal = Journal(self.path)
         try:
             if not self._in_place:
                 require_new(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
+            self._journal.open()
             if resumed_at is not None:
                 self._go_back(resumed_at, best_step, origin)
             if not (self.path / TOKENIZER).exists():
                 tokenizer.save(self.path / TOKENIZER)
             self.writer = CheckpointWriter(config.keep_last)
             self._log = RunLog(self.path, info, self._lock.held)
+            self.say(self._beginning(resumed_at))
         except OSError as error:
             self._give_up()
             raise failure(self.path, error) from error
@@ -120,9 +125,16 @@ class RunDirectory:
                           stacklevel=4)
         restore_best(self.path, origin, best_step)
 
+    def _beginning(self, resumed_at: int | None) -> str:
+        known = self.info
+        return (f"{'begins' if resumed_at is None else f'goes on behind step {resumed_at:,}'}: "
+                f"{self.config.num_steps:,} steps are planned; feste {known.get('feste')}, process {known['pid']} on "
+                f"{known['host']}, threads {known.get('threads')}, {known.get('isa')}, {self.config.precision}")
+
     def _give_up(self) -> None:
         """Let go of a directory in which no step was made; one that was made for it goes again."""
         ours = self._lock is not None and not self._in_place
+        self._journal.close()
         if self._lock is not None:
             self._lock.release()
         if ours:
@@ -140,8 +152,11 @@ class RunDirectory:
             self.writer.settle()
             with suppress(RunDirectoryError):
                 self._log.close("failed", f"{kind.__name__}: {error}")
+            self.say(f"failed: {kind.__name__}: {error}\n"
+                     + "".join(tracebacks.format_exception(kind, error, traceback)), ERROR)
             if self._steps == 0:
                 self._give_up()
+        self._journal.close()
         self._lock.release()
 
     @property
@@ -155,6 +170,10 @@ class RunDirectory:
         self._steps += 1
         if self._steps == 1:  # the step has taken the memory that training needs; what is left may serve saving
             self.writer.reserve(self.model, self.optimizer)
+
+    def say(self, words: str, kind: str = INFO) -> None:
+        """An entry in the journal, of one of its KINDS."""
+        self._journal.note(words, kind)
 
     def note(self, **facts) -> None:
         """Put facts into run.json now."""
@@ -182,6 +201,7 @@ class RunDirectory:
         self._log.info |= facts | {"checkpoint_saves": self.writer.saves,
                                    "checkpoint_held_up_seconds": self.writer.held_up_seconds}
         self._log.close(state, reason)
+        self.say(f"{state} at step {facts.get('step', '?'):,}" + (f": {reason}" if reason else ""))
         self._lock.release()
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from feste import disk
 from feste.errors import FesteError
 from feste.run.follow import machine
+from feste.run.journal import now
 from feste.run.names import COLUMNS, INFO, LOG, RUNNING
 from feste.run.rows import cells_of, record_of, records
 
@@ -41,7 +41,7 @@ class RunLog:
         self.path, self._flushed = path, time.monotonic()
         self.info = info | {
             "state": RUNNING, "reason": None, "pid": os.getpid(), "locked": locked, **machine(),
-            "started": _now(), "ended": None, "python": platform.python_version(), "numpy": np.__version__,
+            "started": now(), "ended": None, "python": platform.python_version(), "numpy": np.__version__,
         }
         self._file = open(path / LOG, "a", encoding="utf-8", newline="")  # noqa: SIM115
         try:
@@ -83,7 +83,7 @@ class RunLog:
         except OSError as error:
             error_of_rows = failure(self.path, error)
             state, reason = "failed", str(error_of_rows)
-        self.info |= {"state": state, "reason": reason, "ended": _now()}
+        self.info |= {"state": state, "reason": reason, "ended": now()}
         try:
             self.describe()
         except OSError as error:
@@ -103,10 +103,6 @@ def copy_rows(source: Path, path: Path, last: int) -> None:
             kept.append(record)
     with disk.replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _cell(value) -> str:

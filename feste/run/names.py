@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LOG, INFO, LOCK, TOKENIZER = "training_log.csv", "run.json", ".lock", "tokenizer.json"
+LOG, INFO, JOURNAL = "training_log.csv", "run.json", "run.log"
+LOCK, TOKENIZER = ".lock", "tokenizer.json"
 BEST, FINAL = "checkpoint_best.bin", "checkpoint_final.bin"
 STABLE = "checkpoint_stable.bin"  # of the last step at the peak rate, from which a run is prolonged; schedule wsd
 SET_ASIDE = ".superseded"  # suffix of a checkpoint that the run no longer goes through

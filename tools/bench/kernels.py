@@ -6,8 +6,8 @@ import numpy as np
 
 from feste import ops
 from feste.ops import zeros
+from feste.speed import measured_peak
 
-from .peak import measured_peak
 from .shapes import time_operations
 
 RNG = np.random.default_rng(0)

@@ -13,9 +13,9 @@ import feste.model
 import feste.optim
 import feste.transformer
 from feste import GPT2, AdamW, ops
+from feste.speed import measured_peak
 
 from .inputs import batch
-from .peak import measured_peak
 from .sizes import SEQUENCES, model_config, step_flops
 from .steps import stepper
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from feste.config import PRESETS, Config
+from feste.speed import training_flops
 
 SIZES = ("tiny", "small", "medium", "gpt2")
 SEQUENCES = 8
@@ -14,11 +15,8 @@ def model_config(size: str, block_size: int | None = None) -> Config:
 
 
 def step_flops(config: Config, sequences: int = SEQUENCES) -> float:
-    """Useful operations of one optimizer step: two for each weight of a matrix and token forward, twice that
-    backward; of attention the causal half, (T + 1) / 2 keys a query."""
-    C, L, T, V = config.n_embd, config.n_layers, config.block_size, config.vocab_size
-    per_token = 2 * (12 * L * C * C + V * C) + 4 * L * C * (T + 1) / 2
-    return 3.0 * per_token * sequences * T
+    """Useful operations of one optimizer step."""
+    return training_flops(config) * sequences * config.block_size
 
 
 def gemm_shapes(size: str) -> list[tuple[str, int, int, int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from feste import GPT2, AdamW, ops
+from feste.speed import measured_peak
 
 from .clock import median_seconds, peak_memory_bytes
 from .inputs import batch
-from .peak import measured_peak
 from .sizes import SEQUENCES, model_config, step_flops
 
 LEARNING_RATE = 1e-3

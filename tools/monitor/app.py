@@ -23,10 +23,12 @@ from textual.widgets import Footer, Static
 from . import colours, keys, machine, preferences
 from .curve import View
 from .line import Line
+from .pages import Card, Help, JournalPage
+from .panes import ABOVE, BESIDE, FEWEST_ROWS, MOST_ROWS, Divider, divide, moved
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
 from .samples import Samples, ScrubBar
-from .widgets import Card, Filter, Help, Plot, RunTable, Status, summary_line, view_names
+from .widgets import Filter, Plot, RunTable, Status, summary_line, view_names
 
 POLL_SECONDS = 0.4
 SCAN_SECONDS = 2.0
@@ -66,6 +68,9 @@ class Monitor(App):
     #views { height: 1fr; }
     #curve { width: 2fr; height: 1fr; }
     #side { width: 1fr; height: 1fr; }
+    #divider { width: 1; height: 1fr; color: $foreground-muted; display: none; }
+    #divider:hover { color: $accent; }
+    .-large #views.both #divider { display: block; }
     #samples { height: 3fr; padding: 0 1; }
     .metric { height: 2fr; display: none; }
     .-large.-tall #views.both .metric, .-large.-highest #views.both .metric { display: block; }
@@ -81,9 +86,8 @@ class Monitor(App):
     .zen #runs, .zen #line, .zen #status { display: none; }
     .bare #runs, .bare #line, .bare #status, .bare #tabs, .bare #views { display: none; }
     .bare #empty { display: block; }
-    Help, Card { align: center middle; }
-    #card { width: 94%; max-width: 110; height: 94%; border: round $accent; padding: 0 1; background: $surface; }
-    #help { width: 90%; max-width: 90; height: 90%; border: round $accent; padding: 0 1; background: $surface; }
+    Page { align: center middle; }
+    #page { width: 94%; max-width: 110; height: 94%; border: round $accent; padding: 0 1; background: $surface; }
     """
 
     class Polled(Message):
@@ -101,6 +105,8 @@ class Monitor(App):
         self.selected: FollowedRun | None = None
         self.pinned: list[str] = []
         self.sort = self.choices.get("sort", SORTS[0])
+        self.share: int | None = self.choices.get("share")  # percent of the room that the curve has
+        self.rows: int | None = self.choices.get("rows")  # runs in the list that are seen at once
         self.sample_step: int | None = None  # None: the newest
         self.view, self.comparing = "both", False
         self._cores, self._cost = machine.Cores(), 0.0
@@ -116,6 +122,7 @@ class Monitor(App):
         yield Line("tabs")
         with Horizontal(id="views", classes="both"):
             yield Plot("curve")
+            yield Divider()
             with Vertical(id="side"):
                 yield Samples()
                 for metric in SIDE_METRICS:
@@ -140,6 +147,7 @@ class Monitor(App):
         self.theme = self._first_theme
         for name in ("axis", "log", "span", "lines"):
             setattr(self.plot.options, name, self.choices.get(name, getattr(self.plot.options, name)))
+        self._lay_out()
         self._follow()
         self.set_interval(machine.SECONDS, self._show_machine)
 
@@ -149,7 +157,8 @@ class Monitor(App):
             line = self.screen_stack[0].query_one("#machine", Line)
             if line.display and self.selected is not None:
                 self._cores.look()
-                said = machine.describe(self._cores, self.selected.info)
+                run = self.selected
+                said = machine.describe(self._cores, run.info, run.summary.tokens_per_second)
                 said.truncate(self.size.width - 2, overflow="ellipsis")
                 line.say(said)
 
@@ -208,7 +217,7 @@ class Monitor(App):
         if self.selected is None or (runs and self.selected not in runs):
             self.selected = in_order(runs or list(self.watch.runs.values()), "newest")[0]
         run, width = self.selected, self.size.width
-        base.query_one(RunTable).fill(runs, run, set(self.pinned), width)
+        base.query_one(RunTable).fill(runs, run, self._marks(), width)
         place = f"{runs.index(run) + 1} of {len(runs)}" if run in runs else ""
         base.query_one("#line", Line).say(summary_line(run, place, width - 2))
         base.query_one(Status).show(run, width - 2, brief=self.size.height < LOW)
@@ -219,6 +228,10 @@ class Monitor(App):
                              " by name", "dim"), (self._filtered(len(runs)), "bold"),
                              ("  |  " + self.plot.options.describe(), "dim"), no_wrap=True, overflow="ellipsis")
         base.query_one("#tabs", Line).say(tabs)
+
+    def _marks(self) -> dict[str, str]:
+        """Behind its own mark a run has a P if it is pinned, a dash if its curve is switched off."""
+        return dict.fromkeys(self.pinned, "P") | dict.fromkeys(self.plot.options.hidden, "-")
 
     def _compared_with(self) -> FollowedRun | None:
         """The run whose samples are shown beside: the first that is pinned, if that is asked for."""
@@ -246,7 +259,18 @@ class Monitor(App):
         return max(0, bisect_right([step for step, _ in samples], self.sample_step) - 1)
 
     def on_resize(self, event: events.Resize) -> None:
-        self.call_after_refresh(self.show)
+        self.call_after_refresh(self._divide_and_show)
+
+    def _divide_and_show(self) -> None:
+        self._lay_out()
+        self.show()
+
+    def _lay_out(self) -> None:
+        """Divide the screen as was chosen: samples stand beside the curve, or where there is less room below it."""
+        base = self.screen_stack[0]
+        divide(self.plot, base.query_one("#side"), self.share if self.view == "both" else None,
+               "width" if self.large else "height")
+        base.query_one(RunTable).styles.max_height = None if self.rows is None else self.rows + 1
 
     def get_system_commands(self, screen: Screen) -> Iterator[SystemCommand]:
         """What the command palette offers: every key's action."""
@@ -254,6 +278,8 @@ class Monitor(App):
             if key.action not in ("select(-1)", "select(1)") and len(self.screen_stack) <= 2:
                 title = key.help[0].upper() + key.help[1:]
                 yield SystemCommand(title, f"key {key.shown}", partial(self.run_action, key.action))
+        for metric in METRICS:
+            yield SystemCommand(f"Show the {metric}", "in the large plot", partial(self._set, metric=metric))
 
     def check_action(self, action: str, parameters) -> bool | None:
         """Under the help, only what ends the program."""
@@ -286,6 +312,11 @@ class Monitor(App):
         self.pinned.clear()
         self.show()
 
+    def action_curve(self, key: str = "") -> None:
+        """Switch the curve of a run off or on, without a key that of the selected one."""
+        if key or self.selected is not None:
+            self._set(hidden=self.plot.options.hidden ^ {key or self.selected.key})
+
     def action_filter(self) -> None:
         self.filter.open()
 
@@ -315,6 +346,7 @@ class Monitor(App):
     def action_view(self, name: str) -> None:
         self.view = name
         self.screen_stack[0].query_one("#views").set_classes(name)
+        self._lay_out()
         self.call_after_refresh(self.show)
 
     def action_next_view(self) -> None:
@@ -324,6 +356,27 @@ class Monitor(App):
 
     def action_zen(self) -> None:
         self.screen_stack[0].toggle_class("zen")
+        self.call_after_refresh(self.show)
+
+    def action_divide(self, change: int) -> None:
+        standard = BESIDE if self.large else ABOVE
+        self._divide(moved(self.share, standard, change))
+
+    def _divide(self, share: int) -> None:
+        self.share = share
+        self._choose(share=share)
+        self._lay_out()
+        self.call_after_refresh(self.show)
+
+    def on_divider_moved(self, message: Divider.Moved) -> None:
+        self._divide(moved(None, round(100 * message.column / self.size.width), 0))
+
+    def action_rows(self, change: int) -> None:
+        table = self.screen_stack[0].query_one(RunTable)
+        shown = table.size.height - 1 if self.rows is None else self.rows
+        self.rows = min(max(shown + change, FEWEST_ROWS), MOST_ROWS)
+        self._choose(rows=self.rows)
+        self._lay_out()
         self.call_after_refresh(self.show)
 
     def action_dark(self) -> None:
@@ -340,6 +393,10 @@ class Monitor(App):
     def action_card(self) -> None:
         if self.selected is not None:
             self.push_screen(Card(self.selected, list(self.watch.runs.values())))
+
+    def action_journal(self) -> None:
+        if self.selected is not None:
+            self.push_screen(JournalPage(self.selected))
 
     def action_help(self) -> None:
         self.push_screen(Help())

@@ -30,6 +30,8 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("space", "space", "pin", "pin the run: its curve stays while others are selected", "Pin"),
         Key("u", "u", "unpin", "unpin every run"),
         Key("slash", "/", "filter", "show the runs whose name has some words; enter keeps that, esc ends it", "Filter"),
+        Key("c", "c", "curve", "take the run's curve out of the plot, or put it back"),
+        Key("o", "o", "journal", "what the program said: warnings, and why it failed"),
         Key("i,enter", "i enter", "card", "all about the run, and what to type to go on with it", "Card"),
         Key("s", "s", "sort", "sort the runs: newest, best loss, name", "Sort"),
     )),
@@ -38,6 +40,10 @@ GROUPS: tuple[tuple[str, tuple[Key, ...]], ...] = (
         Key("1", "1", "view('curve')", "only the curve"),
         Key("2", "2", "view('samples')", "only the samples"),
         Key("z", "z", "zen", "hide or show the run list and the numbers", "Zen"),
+        Key("less_than_sign", "<", "divide(-5)", "less room for the curve, more for the samples"),
+        Key("greater_than_sign", ">", "divide(5)", "more room for the curve"),
+        Key("left_parenthesis", "(", "rows(-1)", "fewer runs in the list at once"),
+        Key("right_parenthesis", ")", "rows(1)", "more runs in the list at once"),
         Key("d", "d", "dark", "dark or light colours"),
     )),
     ("Curve", (
@@ -76,5 +82,6 @@ KEYS = tuple(key for _, group in GROUPS for key in group)
 BINDINGS = [key.binding() for key in sorted(KEYS, key=lambda key: key.action not in ("help", "quit"))]
 PALETTE = "ctrl+p finds an action by its words"
 MOUSE = ("click a run: select it; click its mark: pin it; click a column head: sort by it",
+         "click a run's name over the curve: its curve goes, or comes back; drag the line beside the curve: more room",
          "over the curve: read the values; wheel: zoom there; drag: pan",
          "click the bar over a sample: go there; the names of the views and the footer are buttons too")

@@ -43,8 +43,8 @@ class Cores:
         self._before = now
 
 
-def describe(cores: Cores, info: dict) -> Text:
-    """Cores as bars, load, memory, the run's saves, and what is wrong."""
+def describe(cores: Cores, info: dict, tokens_per_second: float | None) -> Text:
+    """Cores as bars, load, memory, the run's saves and its share of the peak, and what is wrong."""
     made = Text("machine ", "dim", no_wrap=True)
     if cores.busy:
         full = len(LEVELS) - 1
@@ -60,9 +60,20 @@ def describe(cores: Cores, info: dict) -> Text:
     saves, held_up = info.get("checkpoint_saves"), info.get("checkpoint_held_up_seconds")
     if isinstance(saves, int) and isinstance(held_up, (int, float)):
         made.append(f"  {saves} saves, waited {text.duration(held_up)}")
+    share = share_of_peak(info, tokens_per_second)
+    if share is not None:
+        made.append(f"  {share:.0%} of the peak")
     for warning in warnings(cores, info):
         made.append(f"  ! {warning}", f"bold {colours.palette.warning}")
     return made
+
+
+def share_of_peak(info: dict, tokens_per_second: float | None) -> float | None:
+    """What a run makes of what its machine could do when it began; None where run.json does not tell."""
+    flops, peak, ranks = info.get("flops_per_token"), info.get("peak_flops"), info.get("ranks")
+    if tokens_per_second is None or not all(isinstance(value, float) and value > 0 for value in (flops, peak)):
+        return None
+    return tokens_per_second * flops / (peak * (len(ranks) if isinstance(ranks, list) and ranks else 1))
 
 
 def warnings(cores: Cores, info: dict) -> list[str]:

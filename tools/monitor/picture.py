@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from rich.style import Style
 
 from feste import terminal as text
 
@@ -33,6 +34,7 @@ class Options:
     lines: str = "both"
     metric: str = "loss"
     cursor: float | None = None
+    hidden: frozenset[str] = frozenset()  # keys of the runs whose curves are switched off
 
     @property
     def smooths(self) -> bool:
@@ -83,17 +85,17 @@ def picture(run: FollowedRun, pinned: list[FollowedRun], options: Options, width
             height: int) -> tuple[Row, Picture]:
     """A legend and the curves of a run over those of the pinned ones."""
     others = [other for other in pinned if other is not run]
-    x0, x1 = options.view.bounds(*extent([run, *others], options.axis))
+    seen = [one for one in [*others, run] if one.key not in options.hidden]
+    x0, x1 = options.view.bounds(*extent(seen or [run], options.axis))
     if not len(run.columns["step"]) and not others:
         return [], message("no rows yet", width, height)
-    series = [one for other in others for one in _series(other, options, x0, x1, alone=False, main=False)]
-    series += _series(run, options, x0, x1, alone=not others, main=True)
+    series = [line for one in seen for line in _series(one, options, x0, x1, alone=not others, main=one is run)]
     losses = options.metric == "loss"
     time = options.axis == "time"
-    levels, points = _ln_v(run) if losses else (), _best(run, options) if losses else ()
+    levels, points = _ln_v(run) if losses else (), _best(run, options) if losses and run in seen else ()
     axes = Axes(x0, x1, options.log, text.duration if time else text.compact, time_ticks if time else ticks,
                 levels, points, options.cursor)
-    legend = _read_out(run, others, options) if options.cursor is not None else _legend(run, others, options, width)
+    legend = _read_out(seen[::-1], options) if options.cursor is not None else _legend(run, others, options, width)
     return legend, draw(series, axes, width, height)
 
 
@@ -137,7 +139,15 @@ def _legend(run: FollowedRun, others: list[FollowedRun], options: Options, width
     row.append((f"{run.marker} validation", f"bold {run.colour}") if others else (f"{VAL_GLYPH} validation", "bold"))
     if run.summary.best_val_loss is not None:
         row.append((f" {BEST_GLYPH} best {run.summary.best_val_loss:.4f} at {run.summary.best_step:,}", "bold"))
-    return row + [(f"  {other.marker} {text.shorten(other.name, 24)}", other.colour) for other in others]
+    named = [run] * (run.key in options.hidden) + others
+    return row + [piece for one in named for piece in _switch(one, options)]
+
+
+def _switch(run: FollowedRun, options: Options) -> Row:
+    """A run's name over the curves; a click on it takes its curve away, or brings it back."""
+    off, click = run.key in options.hidden, Style.from_meta({"@click": f"app.curve({run.key!r})"})
+    return [("  ", ""), (f"{run.marker} {text.shorten(run.name, 24)}{' (off)' if off else ''}",
+                         (Style(dim=True) if off else Style.parse(run.colour)) + click)]
 
 
 def _latest(run: FollowedRun, others: list[FollowedRun], metric: str, names: bool) -> Row:
@@ -149,12 +159,12 @@ def _latest(run: FollowedRun, others: list[FollowedRun], metric: str, names: boo
     return row
 
 
-def _read_out(run: FollowedRun, others: list[FollowedRun], options: Options) -> Row:
+def _read_out(runs: list[FollowedRun], options: Options) -> Row:
     """The values nearest to the reading line, a dash where a run does not reach it."""
     at, losses = options.cursor, options.metric == "loss"
     names = {"step": f"step {at:,.0f}", "time": text.duration(at), "tokens": f"{at:,.0f} tokens"}
     row: Row = [(names[options.axis] if losses else f"{options.metric}, {names[options.axis]}", "bold")]
-    for one in [run, *others]:
+    for one in runs:
         x, (low, high) = x_of(one, options.axis), extent([one], options.axis)
         columns = [METRICS[options.metric]] + ["val_loss"] * losses
         values = [value_at(*finite(x, one.columns[name]), at) if low <= at <= high else None for name in columns]

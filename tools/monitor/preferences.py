@@ -11,12 +11,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from .panes import FEWEST_ROWS, LEAST, MOST, MOST_ROWS
 from .picture import AXES, LINES, SPANS
 from .runs import SORTS
 
 DARK, LIGHT = "textual-dark", "textual-light"
 CHOICES = {"theme": (DARK, LIGHT), "sort": SORTS, "axis": tuple(AXES), "log": (False, True), "span": tuple(SPANS),
-           "lines": tuple(LINES)}
+           "lines": tuple(LINES), "share": tuple(range(LEAST, MOST + 1)),
+           "rows": tuple(range(FEWEST_ROWS, MOST_ROWS + 1))}
 # xterm's OSC 11. Every terminal answers the question behind it, so one that does not know the first is not waited for.
 ASK_BACKGROUND = b"\x1b]11;?\x1b\\\x1b[c"
 ANSWER_SECONDS = 0.3

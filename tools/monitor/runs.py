@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from feste.run.journal import INFO, Entry, read_journal
+from feste.run.names import JOURNAL
+
 from ..runs import Run, Summary, directory_of, run_directories, summarise
 from . import colours
 
@@ -29,8 +32,9 @@ class FollowedRun(Run):
         self._colour = look % N_COLOURS
         self.marker = colours.MARKERS[look // N_COLOURS % len(colours.MARKERS)]
         self._known: tuple | None = None
+        self._journal: tuple[int, list[Entry]] = -1, []  # its size, and what it says
         self.fresh = True
-        self._latest = (self.reader.columns, [], Summary(self.name, self.key, "waiting"))
+        self._latest = (self.reader.columns, [], Summary(self.name, self.key, "waiting"), [])
         self.take()
 
     @property
@@ -49,16 +53,38 @@ class FollowedRun(Run):
     def summary(self) -> Summary:
         return self._taken[2]
 
+    @property
+    def journal(self) -> list[Entry]:
+        """What the program said."""
+        return self._taken[3]
+
+    @property
+    def warned(self) -> str:
+        """How many warnings and failures the journal has; nothing where it has none."""
+        count = sum(entry.kind != INFO for entry in self.journal)
+        return f"{count} warning{'s' * (count > 1)}" if count else ""
+
     def poll(self) -> bool:
         """Read what is new, a bounded part of it; True if there is more to read at once."""
         changed = self.reader.poll(POLL_BYTES)
-        known = (self.reader.state, self.reader.found)
+        known = (self.reader.state, self.reader.found, self._read_journal())
         if changed or known != self._known:
             self._known = known
             columns, samples = self.reader.columns, list(self.reader.samples)
-            self._latest = (columns, samples, summarise(self.name, self.key, self.reader, columns, len(samples)))
+            self._latest = (columns, samples, summarise(self.name, self.key, self.reader, columns, len(samples)),
+                            self._journal[1])
             self.fresh = True
         return self.reader.behind > 0
+
+    def _read_journal(self) -> int:
+        """Read the journal again if it is longer, or another one; returns its size."""
+        try:
+            size = (self.path / JOURNAL).stat().st_size
+        except OSError:  # runs of other programs, and old ones, have none
+            size = 0
+        if size != self._journal[0]:
+            self._journal = size, read_journal(self.path)
+        return size
 
     def take(self) -> None:
         """See what has been read."""

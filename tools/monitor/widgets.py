@@ -7,21 +7,16 @@ from dataclasses import replace
 from rich.style import Style
 from rich.text import Text
 from textual import events
-from textual.app import ComposeResult
-from textual.containers import VerticalScroll
 from textual.message import Message
-from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import DataTable, Input
 
 from feste import terminal as text
 
 from ..comparison import differences
 from ..runs import Summary
 from . import colours, summary
-from .card import card, commands
 from .curve import Row
-from .keys import GROUPS, MOUSE, PALETTE
 from .line import Line, same
 from .numbers import sparkline
 from .picture import Options, extent, picture
@@ -76,8 +71,8 @@ class RunTable(DataTable):
         self._shown: tuple = ()
         self._dials: dict[str, tuple[int, dict[str, str]]] = {}
 
-    def fill(self, runs: list[FollowedRun], selected: FollowedRun | None, pinned: set[str], width: int) -> None:
-        """Show the runs in this order."""
+    def fill(self, runs: list[FollowedRun], selected: FollowedRun | None, marks: dict[str, str], width: int) -> None:
+        """Show the runs in this order, with the mark that each has behind its own."""
         layout = (width, tuple((run.key, run.summary.started) for run in runs))
         if layout != self._shown:
             self._shown = layout
@@ -94,7 +89,7 @@ class RunTable(DataTable):
                 self.add_row(*[""] * len(columns), key=run.key)
         for run in runs:
             name_width = self.columns["run"].width - 1
-            cells = self._cells(run, run is selected, run.key in pinned, name_width)
+            cells = self._cells(run, run is selected, marks.get(run.key, " "), name_width)
             cells |= {name: Text(values[run.key], justify="right") for name, (_, values) in self._dials.items()}
             for key, cell in cells.items():
                 if key in self.columns and not same(self.get_cell(run.key, key), cell):
@@ -103,7 +98,7 @@ class RunTable(DataTable):
             self.move_cursor(row=runs.index(selected))
 
     @staticmethod
-    def _cells(run: FollowedRun, selected: bool, pinned: bool, name_width: int) -> dict[str, Text]:
+    def _cells(run: FollowedRun, selected: bool, mark: str, name_width: int) -> dict[str, Text]:
         s = run.summary
         done = text.compact(s.step) if s.fraction is None and s.step is not None else (
             text.UNKNOWN if s.fraction is None else f"{int(100 * s.fraction)} %")
@@ -111,7 +106,7 @@ class RunTable(DataTable):
                  "best": text.fitted(s.best_loss, 6), "rate": text.rate(s.steps_per_second),
                  "tokens": text.rate(s.tokens_per_second), "left": text.duration(s.seconds_left),
                  "elapsed": text.duration(s.elapsed_seconds), "size": text.count(s.parameters)}
-        return {"mark": Text(f"{'>' if selected else ' '}{run.marker}{'P' if pinned else ' '}", run.colour),
+        return {"mark": Text(f"{'>' if selected else ' '}{run.marker}{mark}", run.colour),
                 "run": Text(text.shorten(run.name, name_width), "bold" if selected else ""),
                 "state": Text(STATE_WORDS.get(s.state, s.state), colours.palette.state(s.state)),
                 **{key: Text(value, justify="right") for key, value in right.items()}}
@@ -168,7 +163,8 @@ class Status(Line):
             figures = ["    ".join(figures)]
         lines = [head, joined(self._bar(run, s, width)), *(joined([(line, "")]) for line in figures),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
-        lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")]) for problem in s.problems[:3]]
+        problems = [*s.problems[:3], *([f"{run.warned}: o shows them"] if run.warned else [])]
+        lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")]) for problem in problems]
         self._put(lines, width)
 
     def _put(self, lines: list[Text], width: int) -> None:
@@ -277,51 +273,6 @@ class Plot(Widget):
         event.stop()
         if self._picture is not None:
             self.zoom(factor, self._picture.x_at(event.x))
-
-
-class Help(ModalScreen):
-    """Every key, from the key table."""
-
-    BINDINGS = [("escape,q,question_mark,f1", "dismiss", "Close")]  # noqa: RUF012
-
-    def compose(self) -> ComposeResult:
-        with VerticalScroll(id="help"):
-            yield Static(self.content(), markup=False)
-
-    @staticmethod
-    def content() -> Text:
-        made = Text("Keys (esc closes this, arrows scroll)\n", "bold")
-        for title, keys in GROUPS:
-            made.append(f"\n{title}\n", "bold underline")
-            for key in keys:
-                made.append(f"  {key.shown:9}", "bold")
-                made.append(f"{key.help}\n", "not bold")
-        made.append(f"\n{PALETTE}\n")
-        made.append("\nMouse\n", "bold underline")
-        for line in MOUSE:
-            made.append(f"  {line}\n", "not bold")
-        return made
-
-
-class Card(ModalScreen):
-    """All that is known of a run."""
-
-    BINDINGS = [("escape,q,i,enter", "dismiss", "Close"), ("c", "copy(0)", "Copy"),  # noqa: RUF012
-                ("r", "copy(1)", "Copy")]
-
-    def __init__(self, run: FollowedRun, others: list[FollowedRun]) -> None:
-        super().__init__()
-        self.run, self.others = run, others
-
-    def compose(self) -> ComposeResult:
-        with VerticalScroll(id="card"):
-            yield Static(card(self.run, self.others), markup=False)
-
-    def action_copy(self, which: int) -> None:
-        """To the clipboard of the terminal, where it has one (OSC 52)."""
-        command = commands(self.run)[which]
-        self.app.copy_to_clipboard(command)
-        self.notify(command, title="copied")
 
 
 def summary_line(run: FollowedRun, place: str, width: int) -> Text:
