@@ -115,7 +115,7 @@ async def test_the_journal_is_read_while_it_grows(tmp_path):
     log = tmp_path / "run" / JOURNAL
     log.write_text("2026-01-03T10:00:00+00:00 info    begins\n2026-01-03T10:00:09+00:00 warning passed \x1b[2Jover\n")
     async with Shown(tmp_path / "run", size=(100, 40)) as (app, pilot):
-        await until(pilot, lambda: "! 1 warning: o shows them" in screen_text(app))
+        await until(pilot, lambda: "! the program warned once: press o" in screen_text(app))
         await pilot.press("o")
         await until(pilot, lambda: isinstance(app.screen, JournalPage) and "warning: passed" in screen_text(app))
         assert "\x1b" not in app.screen.content().plain

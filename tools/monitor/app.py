@@ -145,6 +145,7 @@ class Monitor(App):
 
     def on_mount(self) -> None:
         self.theme = self._first_theme
+        colours.use(self.theme != preferences.LIGHT)
         for name in ("axis", "log", "span", "lines"):
             setattr(self.plot.options, name, self.choices.get(name, getattr(self.plot.options, name)))
         self._lay_out()
@@ -413,6 +414,9 @@ class Monitor(App):
 
     def action_pan(self, fraction: float) -> None:
         self.plot.pan(fraction)
+
+    def on_plot_named(self, message: Plot.Named) -> None:
+        self.action_curve(message.key)
 
     def on_plot_changed(self) -> None:
         self.show()

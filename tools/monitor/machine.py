@@ -59,7 +59,7 @@ def describe(cores: Cores, info: dict, tokens_per_second: float | None) -> Text:
         made.append(f"  memory {(whole - free) / 1e9:.1f} of {whole / 1e9:.1f} GB")
     saves, held_up = info.get("checkpoint_saves"), info.get("checkpoint_held_up_seconds")
     if isinstance(saves, int) and isinstance(held_up, (int, float)):
-        made.append(f"  {saves} saves, waited {text.duration(held_up)}")
+        made.append(f"  {saves} save{'s' * (saves != 1)}, waited {text.duration(held_up)}")
     share = share_of_peak(info, tokens_per_second)
     if share is not None:
         made.append(f"  {share:.0%} of the peak")

@@ -94,18 +94,19 @@ class JournalPage(Page):
         self.query_one(VerticalScroll).scroll_end(animate=False)
 
     def content(self) -> Text:
-        head = f"{self.run.marker} {text.clean_line(self.run.name)}: what the program said (UTC, esc closes this)\n"
-        made = Text(head, f"bold {self.run.colour}")
+        made = Text()
+        made.append(f"{self.run.marker} {text.clean_line(self.run.name)}", f"bold {self.run.colour}")
+        made.append(": what the program said (UTC, esc closes this)\n", "bold")
         for entry in self.run.journal:
             made.append_text(_of_entry(entry))
         if not self.run.journal:
-            made.append("\nnothing: this run has no run.log", "not bold")
+            made.append("\nnothing: this run has no run.log")
         return made
 
 
 def _of_entry(entry: Entry) -> Text:
     """Its time, and the words in the colour of their kind."""
     style = {WARNING: colours.palette.warning, ERROR: colours.palette.state("failed")}.get(entry.kind, "")
-    made = Text(f"\n{text.clean_line(entry.time.replace('T', ' ')[:19])}  ", "dim not bold")
+    made = Text(f"\n{text.clean_line(entry.time.replace('T', ' ')[:19])}  ", "dim")
     made.append(f"{entry.kind}: " if style else "", f"bold {style}")
-    return made.append("\n    ".join(map(text.clean_line, entry.words.split("\n"))), f"{style} not bold".strip())
+    return made.append("\n    ".join(map(text.clean_line, entry.words.split("\n"))), style)

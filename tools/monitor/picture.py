@@ -20,6 +20,7 @@ METRICS = {"loss": "train_loss", "learning rate": "learning_rate", "gradient nor
            "tokens per second": "tokens_per_second"}
 NAMES_WIDTH = 80
 NOISY = ("loss", "gradient norm", "tokens per second")  # what is smoothed
+SWITCH = "switch"  # what a click on a run's name is known by
 VAL_GLYPH, BEST_GLYPH = "○", "★"
 
 
@@ -145,7 +146,7 @@ def _legend(run: FollowedRun, others: list[FollowedRun], options: Options, width
 
 def _switch(run: FollowedRun, options: Options) -> Row:
     """A run's name over the curves; a click on it takes its curve away, or brings it back."""
-    off, click = run.key in options.hidden, Style.from_meta({"@click": f"app.curve({run.key!r})"})
+    off, click = run.key in options.hidden, Style.from_meta({SWITCH: run.key})
     return [("  ", ""), (f"{run.marker} {text.shorten(run.name, 24)}{' (off)' if off else ''}",
                          (Style(dim=True) if off else Style.parse(run.colour)) + click)]
 

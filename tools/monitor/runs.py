@@ -60,9 +60,9 @@ class FollowedRun(Run):
 
     @property
     def warned(self) -> str:
-        """How many warnings and failures the journal has; nothing where it has none."""
+        """How many warnings and failures the journal has, in words; nothing where it has none."""
         count = sum(entry.kind != INFO for entry in self.journal)
-        return f"{count} warning{'s' * (count > 1)}" if count else ""
+        return f"the program warned {'once' if count == 1 else f'{count} times'}: press o" if count else ""
 
     def poll(self) -> bool:
         """Read what is new, a bounded part of it; True if there is more to read at once."""

@@ -19,7 +19,7 @@ from . import colours, summary
 from .curve import Row
 from .line import Line, same
 from .numbers import sparkline
-from .picture import Options, extent, picture
+from .picture import SWITCH, Options, extent, picture
 from .runs import FollowedRun
 
 ROOM_FOR_NAMES = 26  # characters of the runs' names that settings leave in the table
@@ -163,8 +163,8 @@ class Status(Line):
             figures = ["    ".join(figures)]
         lines = [head, joined(self._bar(run, s, width)), *(joined([(line, "")]) for line in figures),
                  joined([("loss ", "dim"), (sparkline(run.columns["train_loss"], width - 5), run.colour)])]
-        problems = [*s.problems[:3], *([f"{run.warned}: o shows them"] if run.warned else [])]
-        lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")]) for problem in problems]
+        lines += [joined([(f"! {problem}", f"bold {colours.palette.warning}")])
+                  for problem in [*s.problems[:3], run.warned] if problem]
         self._put(lines, width)
 
     def _put(self, lines: list[Text], width: int) -> None:
@@ -190,6 +190,13 @@ class Plot(Widget):
 
     class Changed(Message):
         """The options are others; more than one plot may show them."""
+
+    class Named(Message):
+        """The name of a run over the curves was clicked."""
+
+        def __init__(self, key: str) -> None:
+            super().__init__()
+            self.key = key
 
     def __init__(self, id: str, metric: str | None = None) -> None:
         super().__init__(id=id)
@@ -254,6 +261,10 @@ class Plot(Widget):
 
     def on_leave(self) -> None:
         self._read(None)
+
+    def on_click(self, event: events.Click) -> None:
+        if SWITCH in event.style.meta:
+            self.post_message(self.Named(event.style.meta[SWITCH]))
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         self._dragged = event.x
