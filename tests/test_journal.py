@@ -107,13 +107,13 @@ def test_any_file_can_be_read_as_a_journal(tmp_path):
     assert entries[-1].words == str(MOST_BYTES // 10 - 1) and 100 < len(entries) < MOST_BYTES // 10
 
 
-def test_one_run_in_another_does_not_leave_its_ear_behind(tmp_path):
-    shown, first, second = warnings.showwarning, [], []
+def test_one_run_in_another_does_not_leave_its_ear_behind(monkeypatch):
+    first, second, third = [], [], []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *where: third.append(str(message)))
     outer, inner = overheard(first.append), overheard(second.append)
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)  # the one that began first ends first
     warnings.showwarning(UserWarning("only the second hears this"), UserWarning, "file", 1)
     inner.__exit__(None, None, None)
-    assert (first, second) == ([], ["only the second hears this"])
-    warnings.showwarning = shown
+    assert (first, second, third) == ([], ["only the second hears this"], ["only the second hears this"])

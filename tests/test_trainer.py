@@ -63,7 +63,7 @@ def test_a_run_directory_is_complete(tmp_path):
     assert result.state == "finished" and result.step == 20
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")) == [
         "checkpoint_best.bin", "checkpoint_final.bin", "checkpoint_step_10.bin", "checkpoint_step_15.bin",
-        "checkpoint_step_20.bin", "run.json", "tokenizer.json", "training_log.csv"]
+        "checkpoint_step_20.bin", "run.json", "run.log", "tokenizer.json", "training_log.csv"]
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 15, 20]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +34,14 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / JOURNAL
-        self._hearing = overheard(lambda words: self.note(words, WARNING))
+        self._ears = ExitStack()
 
     def open(self) -> None:
-        self._hearing.__enter__()
+        self._ears.enter_context(overheard(lambda words: self.note(words, WARNING)))
 
     def close(self) -> None:
-        self._hearing.__exit__(None, None, None)
+        """As often as one likes."""
+        self._ears.close()
 
     def note(self, words: str, kind: str = INFO) -> None:
         lines = words.rstrip().replace("\r", " ").split("\n")
