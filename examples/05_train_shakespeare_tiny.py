@@ -13,7 +13,7 @@ import sys
 
 from feste.cli import run_preset
 from feste.evaluation import mean_loss
-from feste.optim import learning_rate_at
+from feste.schedule import learning_rate_at
 
 
 def training_loop(run):

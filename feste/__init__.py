@@ -13,11 +13,12 @@ if TYPE_CHECKING:  # what an editor sees
     from feste.evaluation import bits_per_byte, held_out_loss, perplexity
     from feste.generation import Sampler
     from feste.model import GPT2
-    from feste.optim import AdamW, Muon, learning_rate_at
+    from feste.optim import AdamW, Muon
     from feste.pairs import Pairs, read_pairs
     from feste.run.checkpoint import Checkpoint
     from feste.run.directory import find_checkpoint
     from feste.run.follow import RunReader, read_info, read_rows
+    from feste.schedule import learning_rate_at
     from feste.text import read_text
     from feste.tokenizer import BPETokenizer
     from feste.trainer import TrainResult, train_gpt2
@@ -30,7 +31,8 @@ _HOME = {
     "evaluation": ("bits_per_byte", "held_out_loss", "perplexity"),
     "generation": ("Sampler",),
     "model": ("GPT2",),
-    "optim": ("AdamW", "Muon", "learning_rate_at"),
+    "optim": ("AdamW", "Muon"),
+    "schedule": ("learning_rate_at",),
     "pairs": ("Pairs", "read_pairs"),
     "run.checkpoint": ("Checkpoint",),
     "run.directory": ("find_checkpoint",),

@@ -472,10 +472,15 @@ def describe_ranks(team: parallel.Team, config: TrainConfig) -> str:
 
 def repetition_advice(the_plan: Plan, passes: float) -> str | None:
     """What many passes over a text suggest: docs/LEARNING.md has the figures. None where the run does it already."""
-    if passes < MANY_PASSES or the_plan.model.config.dropout > 0.0 or isinstance(the_plan.data, Pairs):
+    config = the_plan.config
+    if passes < MANY_PASSES or isinstance(the_plan.data, Pairs):
         return None
-    return (f"a text that is read {passes:.0f} times is learned by heart: --dropout 0.1 often ends lower, more text "
-            "always does; the best checkpoint is kept")
+    missing = ["--dropout 0.1"] * (the_plan.model.config.dropout == 0.0)
+    missing += ["--token-splits 0.1"] * (config.token_splits == 0.0 and the_plan.tokenizer.vocab_size > 256)
+    if not missing:
+        return None
+    return (f"a text that is read {passes:.0f} times is learned by heart: {' and '.join(missing)} "
+            f"often end{'s' * (len(missing) == 1)} lower, more text always does; the best checkpoint is kept")
 
 
 def disk_bytes(the_plan: Plan) -> int:

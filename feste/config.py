@@ -122,6 +122,8 @@ class TrainConfig:
     beta2_half_life: int = _dial(0, "tokens after which the second moment has forgotten half; 0 for beta2 as it is")
     eps: float = _dial(1e-8, "AdamW epsilon")
     clip_norm: float = _dial(1.0, "global gradient norm above which gradients are scaled down")
+    token_splits: float = _dial(0.0, "probability that a token of the training text is spelt as two shorter ones, anew "
+                                     "in each pass, which falls with the learning rate; for a text that is read often")
     patience: int = _dial(5000, "steps without a better validation loss after which the run stops early")
     val_fraction: float = _dial(0.1, "share of the tokens, at the end, held out for validation")
     val_interval: int = _dial(50, "steps between validations")
@@ -159,6 +161,7 @@ class TrainConfig:
             check(name, lambda value: 0.0 <= value < 1.0, "in [0, 1)")
         for name in ("weight_decay", "matrix_decay"):
             check(name, lambda value: 0.0 <= value < float("inf"), "a finite number, not negative")
+        check("token_splits", lambda value: 0.0 <= value < 1.0, "in [0, 1)")
         check("val_fraction", lambda value: 0.0 < value < 1.0, "in (0, 1)")
         for name in ("seed", "threads", "warmup_steps", "beta2_half_life", "sync_every"):
             check(name, whole(0), "a non-negative integer")
@@ -213,7 +216,8 @@ def _seed_presets() -> list[Preset]:
 # What docs/LEARNING.md found to learn most from a step: beside the shape, what a run does otherwise than the seed's.
 MODERN = {"learning_rate": 1.5e-2, "optimizer": "muon", "matrix_rate": 0.7, "beta1": 0.8, "beta2": 0.99,
           "schedule": "linear", "min_lr_fraction": 0.0, "warmup_fraction": 0.05}
-REPEATED = {"weight_decay": 0.5}  # of embeddings and head, for a text that is read many times; beside dropout
+# For a text that is read many times, beside dropout; the decay is that of embeddings and head.
+REPEATED = {"weight_decay": 0.5, "token_splits": 0.1}
 
 
 def _modern_presets() -> list[Preset]:

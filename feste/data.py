@@ -17,6 +17,7 @@ import numpy as np
 from feste.config import IGNORED, TrainConfig
 from feste.errors import FesteError
 from feste.shards import Shards
+from feste.splits import Speller
 
 if TYPE_CHECKING:
     from feste.tokenizer import BPETokenizer
@@ -71,8 +72,10 @@ class Text:
     def tokens_per_step(self, config: TrainConfig) -> int:
         return config.tokens_per_step
 
-    def batches(self, config: TrainConfig) -> Batches:
-        return Batches(self.split(config)[0], config.seq_len, config.seed)
+    def batches(self, config: TrainConfig, tokenizer: BPETokenizer | None = None) -> Batches:
+        """The mini-batches of every step. tokenizer: that of the tokens, which token_splits needs."""
+        speller = Speller(tokenizer, config) if config.token_splits else None
+        return Batches(self.split(config)[0], config.seq_len, config.seed, speller)
 
     def validation(self, config: TrainConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Mini-batches of val_windows windows, spread evenly over the held-out part."""
@@ -145,12 +148,13 @@ class Batches:
 
     An epoch cuts the text into consecutive windows from a random offset on and shows them in random order, so
     no window repeats before all were seen, and cuts fall elsewhere in each epoch. Offset and order depend on
-    (seed, epoch) alone: any step can be made without the ones before it.
+    (seed, epoch) alone: any step can be made without the ones before it. With a speller, a window is read in
+    other tokens in each epoch, and ends a little earlier in the text.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, speller: Speller | None = None) -> None:
         require_window(tokens, seq_len, "the training text")
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.tokens, self.seq_len, self.seed, self.speller = tokens, seq_len, seed, speller
         # Every offset up to `slack` leaves the same number of whole windows, so all epochs are equally long.
         self.windows_per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
         self.slack = min(seq_len, len(tokens) - 1 - self.windows_per_epoch * seq_len)
@@ -178,6 +182,9 @@ class Batches:
         The windows of a step are the same however they are divided into mini-batches.
         """
         ids, targets = windows(self.tokens, self.starts(step, batch_size * accumulation), self.seq_len)
+        if self.speller is not None:
+            spelt = self.speller.spell(np.hstack([ids, targets[:, -1:]]), step)
+            ids, targets = np.ascontiguousarray(spelt[:, :-1]), np.ascontiguousarray(spelt[:, 1:])
         return [(ids[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(ids), batch_size)]
 
 

@@ -187,8 +187,11 @@ class Pairs:
         """On average, without padding."""
         return round(config.batch_size * config.accumulation * len(self) / len(self.lines))
 
-    def batches(self, config: TrainConfig) -> PairBatches:
+    def batches(self, config: TrainConfig, tokenizer: BPETokenizer | None = None) -> PairBatches:
         """The mini-batches of every step."""
+        if config.token_splits:
+            raise FesteError(f"token_splits={config.token_splits} is for texts; questions and answers are read as they "
+                             "are", "token_splits")
         return PairBatches(self, self.split(config)[0], config.seed)
 
     def validation(self, config: TrainConfig, windows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

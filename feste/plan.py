@@ -19,12 +19,13 @@ from feste.config import Config, TrainConfig
 from feste.data import Text
 from feste.errors import FesteError
 from feste.model import GPT2
-from feste.optim import AdamW, decay_begin, learning_rate_at, warmup_steps
+from feste.optim import AdamW
 from feste.pairs import Pairs
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import find_checkpoint, require_free, require_new
 from feste.run.follow import read_info
 from feste.run.names import STABLE
+from feste.schedule import decay_begin, learning_rate_at, warmup_steps
 from feste.tokenizer import BPETokenizer
 from feste.version import __version__
 

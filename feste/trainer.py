@@ -27,13 +27,14 @@ from feste.data import count_targets
 from feste.errors import FesteError
 from feste.evaluation import bytes_per_token, in_bits_per_byte, mean_loss, perplexity
 from feste.model import GPT2
-from feste.optim import AdamW, decay_begin, learning_rate_at
+from feste.optim import AdamW
 from feste.pairs import Pairs
 from feste.plan import Plan
 from feste.progress import Progress
 from feste.run.checkpoint import Checkpoint
 from feste.run.directory import RunDirectory, due_names
 from feste.run.journal import INFO, WARNING, overheard
+from feste.schedule import decay_begin, learning_rate_at
 from feste.speed import measured_peak, training_flops
 from feste.tokenizer import BPETokenizer
 from feste.version import __version__
@@ -204,7 +205,7 @@ class Run:
         self.team = parallel.world()
         self.team.require_alike(the_plan.facts())
         self.update = parallel.make_update(self.team, self.model, self.optimizer, self.config)
-        self.batches = the_plan.data.batches(self.config)
+        self.batches = the_plan.data.batches(self.config, self.tokenizer)
         self.tokens_per_step = the_plan.data.tokens_per_step(self.config)
         self.validation = partial(the_plan.data.validation, self.config)
         self.prompt = self.tokenizer.encode(self.config.sample_prompt)

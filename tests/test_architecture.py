@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("version", "errors", "terminal", "machine", "arguments", "run", "run.names", "formats", "reference", "_ops",
      "_bpe", "_cpu", "_unicode", "launcher", "parallel.watch"),
-    ("disk", "config", "ops", "run.rows", "run.journal", "text", "shards", "splits", "formats.vocabulary",
+    ("disk", "config", "ops", "run.rows", "run.journal", "text", "shards", "formats.vocabulary",
      "formats.fields", "parallel.team"),
+    ("schedule",),
+    ("splits",),
     ("run.follow", "params", "progress", "parquet", "data", "formats.hf_gpt2", "formats.hf_arcee", "transformer",
      "speed"),
     ("run.log", "documents", "formats.*", "generation", "evaluation", "leaves", "parallel.buckets"),

@@ -25,8 +25,9 @@ from feste import (
     train_gpt2,
 )
 from feste.config import PRESETS
-from feste.optim import decay_begin, learning_rate_at, matrices_of
+from feste.optim import matrices_of
 from feste.run.directory import find_checkpoint
+from feste.schedule import decay_begin, learning_rate_at
 
 MODERN = Config(vocab_size=61, n_embd=24, n_layers=2, n_heads=3, block_size=20, arch="modern")
 
@@ -326,6 +327,9 @@ def test_a_text_that_is_read_often_is_noted(tmp_path, capsys):
     text.write_text("To be, or not to be: that is the question. " * 200)
     flags = ["--data", str(text), "--steps", "60", "--vocab-size", "300"]
     assert cli.main([*flags, "--run-dir", str(tmp_path / "run")]) == 0
-    assert "times is learned by heart: --dropout 0.1 often ends lower" in capsys.readouterr().out
-    assert cli.main([*flags, "--run-dir", str(tmp_path / "dropout"), "--dropout", "0.1"]) == 0
+    assert "times is learned by heart: --dropout 0.1 and --token-splits 0.1 often end lower" in capsys.readouterr().out
+    flags += ["--dropout", "0.1"]
+    assert cli.main([*flags, "--run-dir", str(tmp_path / "dropout")]) == 0
+    assert "times is learned by heart: --token-splits 0.1 often ends lower" in capsys.readouterr().out
+    assert cli.main([*flags, "--run-dir", str(tmp_path / "both"), "--token-splits", "0.1"]) == 0
     assert "learned by heart" not in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from feste import GPT2, AdamW, Config, TrainConfig
-from feste.optim import learning_rate_at
+from feste.schedule import learning_rate_at
 
 FOLDER = Path(__file__).parent / "parity"
 FIXTURE = {**np.load(FOLDER / "trajectory.npz"), **np.load(FOLDER / "masked.npz")}

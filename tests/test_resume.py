@@ -24,10 +24,10 @@ from feste import (
     trainer,
 )
 from feste.cli import run_preset
-from feste.optim import learning_rate_at
 from feste.run.checkpoint import CheckpointError, verify
 from feste.run.log import RunDirectoryError
 from feste.run.names import periodic
+from feste.schedule import learning_rate_at
 
 
 def half_of(whole: Path, at: int, to: Path) -> Path:

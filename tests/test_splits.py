@@ -1,6 +1,7 @@
 """Other spellings of a text: the same bytes in other tokens, a function of (seed, step)."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def tokenizer() -> BPETokenizer:
 def test_a_spelling_has_the_same_bytes(tokenizer, rate):
     rng = np.random.default_rng(0)
     ids = np.array(tokenizer.encode(TEXT))[:960].reshape(8, 120)
-    spelt = TokenSplits(tokenizer, rate).split(ids, rng)
+    spelt = TokenSplits(tokenizer).split(ids, rate, rng)
     assert spelt.shape == ids.shape and not (spelt == ids).all()
     for before, after in zip(ids, spelt, strict=True):
         assert tokenizer.decode_bytes(before).startswith(tokenizer.decode_bytes(after))
@@ -37,9 +38,9 @@ def test_all_pairs_are_found_and_are_as_likely():
              for i, word in enumerate(words) if 1 < len(word) < 5}
     token, expected = max(pairs.items(), key=lambda found: len(found[1]))
     assert len(expected) == 3
-    splits = TokenSplits(tokenizer, 0.9999)
+    splits = TokenSplits(tokenizer)
     splits._counts = np.where(np.arange(len(splits._counts)) == token, splits._counts, 0)  # halves stay whole
-    found = Counter(map(tuple, splits.split(np.full((6000, 2), token), np.random.default_rng(1)).tolist()))
+    found = Counter(map(tuple, splits.split(np.full((6000, 2), token), 0.9999, np.random.default_rng(1)).tolist()))
     assert set(found) - {(token, token)} <= expected | {(token, pair[0]) for pair in expected}
     assert set(found) >= expected
     counts = [found[pair] for pair in expected]
@@ -49,9 +50,9 @@ def test_all_pairs_are_found_and_are_as_likely():
 def test_bytes_and_special_tokens_stay(tokenizer):
     end = tokenizer.special_tokens["<|endoftext|>"]
     ids = np.array([[end, *range(256), end]])
-    assert (TokenSplits(tokenizer, 0.9999).split(ids, np.random.default_rng(0)) == ids).all()
+    assert (TokenSplits(tokenizer).split(ids, 0.9999, np.random.default_rng(0)) == ids).all()
     with pytest.raises(FesteError, match="single bytes"):
-        TokenSplits(BPETokenizer.train("", 256), 0.1)
+        TokenSplits(BPETokenizer.train("", 256))
 
 
 def test_a_step_is_a_function_of_its_number(tokenizer):
@@ -64,6 +65,9 @@ def test_a_step_is_a_function_of_its_number(tokenizer):
             assert (ids == x).all() and (targets == y).all() and (ids[:, 1:] == targets[:, :-1]).all()
     [(whole, _)] = batches.batch(3, 8)
     assert (np.vstack([ids for ids, _ in batches.batch(3, 4, 2)]) == whole).all()
+    last = TrainConfig(50, seq_len=16, token_splits=0.2, schedule="linear", min_lr_fraction=0.0)
+    as_it_is = text.batches(replace(last, token_splits=0.0)).batch(50, 8)[0][0]
+    assert (text.batches(last, tokenizer).batch(50, 8)[0][0] == as_it_is).all()  # the rate has fallen to zero
     plain = text.batches(TrainConfig(50, seq_len=16), tokenizer).batch(3, 8)[0][0]
     assert not (plain == whole).all() and (plain[:, 0] != whole[:, 0]).sum() < 8
 

@@ -30,9 +30,9 @@ from feste import (
 )
 from feste.cli import run_preset
 from feste.config import PRESETS
-from feste.optim import learning_rate_at
 from feste.run.log import RunDirectoryError
 from feste.run.names import COLUMNS
+from feste.schedule import learning_rate_at
 from feste.trainer import TrainingDiverged
 
 ROOT = Path(__file__).parent.parent

@@ -27,6 +27,7 @@ PARTS = {
     "falls to zero": ("schedule", "min_lr_fraction", "warmup_fraction"),
     "betas": ("beta1", "beta2"),
     "dropout and decay": ("dropout", "weight_decay"),
+    "token splits": ("token_splits",),
 }
 
 
