@@ -22,6 +22,12 @@ def _dial(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def dials(cls: type) -> str:
+    """The dials of a configuration with their defaults and meanings, as the end of a docstring."""
+    lines = [f"    - {f.name}={f.default!r}: {f.metadata['help']}" for f in fields(cls)]
+    return f"\n\n    The dials of {cls.__name__}:\n\n" + "\n".join(lines) + "\n    "
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the layers of a family of transformers are made of: kernels, by the beginning of their names in `ops`."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from feste import ops, parallel, plan
-from feste.config import TrainConfig
+from feste.config import TrainConfig, dials
 from feste.data import count_targets
 from feste.errors import FesteError
 from feste.evaluation import bytes_per_token, in_bits_per_byte, mean_loss, perplexity
@@ -119,6 +119,10 @@ def train_gpt2(model: GPT2, tokenizer: BPETokenizer, text: str | np.ndarray | Pa
     with Progress(the_plan.config, start=the_plan.state.step) as shown:
         return train(the_plan, lambda record: (shown(record), on_step and on_step(record)),
                      settled=on_step is not None)
+
+
+if train_gpt2.__doc__:  # not under python -OO
+    train_gpt2.__doc__ = train_gpt2.__doc__.rstrip() + dials(TrainConfig)
 
 
 def _optimizer_settings(optimizer: AdamW | None, settings: dict) -> dict:

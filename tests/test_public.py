@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,8 @@ def test_importing_feste_loads_no_kernels():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_help_on_training_lists_its_dials():
+    for name, value in feste.TrainConfig().to_dict().items():
+        assert f"- {name}={value!r}: " in pydoc.render_doc(feste.train_gpt2)
