@@ -3,8 +3,8 @@
 The rule comes from the grid of runs in docs/LEARNING.md: of the shapes below, the largest that sees
 TOKENS_PER_PARAMETER tokens for each of its parameters in the time, at the speed that is measured here. A smaller one
 has learned what it can before the time is over; a larger one has not begun to. A text that is read many times needs
-dropout; and as no dropout keeps a large model from learning a short text by heart, neither the parameters nor the
-passes over it are more than MOST_PARAMETERS and MOST_PASSES, however much time there is.
+dropout and other spellings (splits.py); and as they do not keep every model from learning a short text by heart,
+neither the parameters nor the passes over it are more than MOST_PARAMETERS and MOST_PASSES, however much time there is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FEWEST_STEPS = 100
 VOCABULARIES = ((1.5e6, 512, 1.9), (10e6, 1024, 2.4), (50e6, 4096, 3.2), (float("inf"), 16_384, 3.8))
 DROPOUTS = ((4.0, 0.0), (20.0, 0.1))  # up to so many passes over the text
 MOST_DROPOUT = 0.2
-MOST_PARAMETERS = 8.0   # for each token of the text
-MOST_PASSES = 12.0      # over it
+MOST_PARAMETERS = 16.0  # for each token of the text
+MOST_PASSES = 20.0      # over it
 TIMED_SECONDS = 1.0     # of steps of each shape, and one step at least
 
 
@@ -82,7 +82,9 @@ def choose(characters: int, minutes: float, precision: str | None = None,
     lines = [f"best for {minutes:g} min: a step of {parameters:,} parameters takes {1e3 * seconds:.3g} ms here, so "
              f"there is time for {possible:,} steps; {steps:,} are planned, {duration(steps * seconds)}",
              f"they see {seen / parameters:.1f} tokens for each parameter; {why}",
-             f"the text is read {passes:.1f} times, so dropout is {dropout:g}; {vocab_size:,} tokens suit its length"]
+             f"the text is read {passes:.1f} times, so dropout is {dropout:g}"
+             f"{f', and tokens are split at {preset.train.token_splits:g}' if preset.train.token_splits else ''}; "
+             f"{vocab_size:,} tokens suit its length"]
     return preset, lines
 
 

@@ -235,7 +235,7 @@ def _modern_presets() -> list[Preset]:
 
     tiny, small, medium, gpt2 = _seed_presets()
     return [modern(tiny, 0.0, learning_rate=1e-2, matrix_rate=2.0), modern(small, 0.1, **REPEATED),
-            modern(medium, 0.1, num_steps=2000, **REPEATED, learning_rate=1e-2, matrix_rate=1.4),
+            modern(medium, 0.1, num_steps=3000, **REPEATED, learning_rate=1e-2, matrix_rate=1.4),
             modern(gpt2, 0.1, **REPEATED, learning_rate=5e-3)]
 
 
