@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and that a worker measures what it says."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feste import GPT2
+import feste.model
+from feste import GPT2, ops
 from tools.bench.alternation import Figure, Unavailable, alternate, figures, ratios, run_worker
 from tools.bench.inputs import write_inputs
+from tools.bench.profile import profile
 from tools.bench.sizes import SIZES, gemm_shapes, model_config, step_flops
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +52,15 @@ def test_a_worker_reports_losses_speed_and_share_of_peak():
     result = run_worker("steps", size="tiny", precision="fp32", seconds=0.05)
     assert result["losses"][0] == pytest.approx(6.24, abs=0.1) and len(result["losses"]) == 3
     assert result["steps_per_second"] > 0 and 0 < result["share_of_peak"] < 1.5
+
+
+def test_a_profile_names_every_kernel_of_a_step():
+    table = profile("tiny", "fp32", 1)
+    assert " ms a step, " in table and "between the kernels" in table
+    for line in ("linear_forward 512x64x192 .* 2 calls", "attention_backward .* 2 calls",
+                 "cross_entropy_backward .* 1 calls", "gelu_forward .* 2 calls", "adamw_update .* [12] calls"):
+        assert re.search(line, table), f"{line} is not in\n{table}"
+    assert feste.model.ops is ops and feste.transformer.ops is ops
 
 
 def test_results_as_json(tmp_path):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import feste.model
@@ -33,8 +35,11 @@ class Noted:
     def __exit__(self, *error) -> None:
         self.watch.noted = None
 
-    def run(self) -> None:
-        for name, kernel, args, kwargs in self.calls:
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def run(self, first: int = 0, end: int | None = None) -> None:
+        for name, kernel, args, kwargs in self.calls[first:end]:
             self.watch.time(name, kernel, args, kwargs)
 
 
@@ -46,8 +51,9 @@ class Stopwatch:
         self.calls: dict[str, int] = defaultdict(int)
         self.flops: dict[str, float] = defaultdict(float)
         self.noted: list | None = None  # where calls go while they are only noted down
-        self.ops = SimpleNamespace(**{name: self._timed(name, getattr(ops, name)) for name in dir(ops)
-                                      if callable(getattr(ops, name)) and not name.startswith("_")})
+        names = {name: getattr(ops, name) for name in dir(ops) if not name.startswith("_")}
+        self.ops = SimpleNamespace(**{name: self._timed(name, value) if callable(value) else value
+                                      for name, value in names.items()})
         self.ops.Recording = lambda: Noted(self)
 
     def _timed(self, name: str, kernel):
@@ -73,10 +79,17 @@ class Stopwatch:
             table.clear()
 
 
-def _put(kernels) -> None:
-    """Let the model and the optimizer call these kernels."""
-    for module in (feste.model, feste.transformer, feste.optim):
-        module.ops = kernels
+@contextmanager
+def _in_place_of_ops(kernels) -> Iterator[None]:
+    """The model and the optimizer call these kernels."""
+    modules = (feste.model, feste.transformer, feste.optim)
+    try:
+        for module in modules:
+            module.ops = kernels
+        yield
+    finally:
+        for module in modules:
+            module.ops = ops
 
 
 def _label(name: str, args: tuple) -> tuple[str, float]:
@@ -95,15 +108,14 @@ def profile(size: str, precision: str, steps: int = 10) -> str:
     config, watch = model_config(size), Stopwatch()
     model = GPT2(config, seed=0, precision=precision)
     step, ids_and_targets = stepper(model, AdamW(model), 1), batch(config, SEQUENCES)
-    _put(watch.ops)
-    for _ in range(2):
-        step(*ids_and_targets)
-    watch.reset()
-    begun = time.perf_counter()
-    for _ in range(steps):
-        step(*ids_and_targets)
-    total = time.perf_counter() - begun
-    _put(ops)
+    with _in_place_of_ops(watch.ops):
+        for _ in range(2):
+            step(*ids_and_targets)
+        watch.reset()
+        begun = time.perf_counter()
+        for _ in range(steps):
+            step(*ids_and_targets)
+        total = time.perf_counter() - begun
     peak = measured_peak(precision == "bf16")
     lines = [f"{size} {precision}: {1e3 * total / steps:.2f} ms a step, "
              f"{step_flops(config) * steps / total / peak:.1%} of the peak of {peak / 1e9:.0f} GFLOP/s"]
