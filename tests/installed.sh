@@ -20,6 +20,25 @@ alone feste monitor --once > monitor.txt && grep -q first monitor.txt
 echo "ROMEO:" | alone feste repl data --tokens 20 > repl.txt && grep -q . repl.txt
 alone feste plot data -o loss.png > /dev/null
 test -s loss.png
+alone feste plot data -o report.html > /dev/null && grep -q "</html>" report.html
+cat > screen.py << 'END'
+import asyncio
+from pathlib import Path
+
+from feste.tools.monitor.app import Monitor
+from feste.tools.monitor.runs import Watch
+
+
+async def show():
+    app = Monitor(Watch([Path("data")]))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await pilot.pause(1.0)
+        assert app.selected.name == "first"
+
+
+asyncio.run(show())
+END
+alone python screen.py
 alone feste compare data > /dev/null
 echo "one text" > text.txt
 alone feste prepare text.txt -o tokens --vocab-size 257 > /dev/null

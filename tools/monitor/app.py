@@ -53,42 +53,7 @@ class Monitor(App):
     AUTO_FOCUS = None  # keys are the app's, but while words are typed
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (LARGE_WIDTH, "-large")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (FLAT, "-low"), (LOW, "-high"), (TALL, "-tall"), (HIGHEST, "-highest")]  # noqa: RUF012
-    CSS = """
-    #runs { height: auto; max-height: 6; scrollbar-size-vertical: 1; }
-    .-large.-highest #runs { max-height: 12; }
-    #filter { height: 1; border: none; padding: 0 1; }
-    #line { height: 1; padding: 0 1; display: none; }
-    .-flat #line, .-low #line { display: block; }
-    .-flat #runs, .-low #runs, .-flat #status, .-flat #tabs { display: none; }
-    #empty { height: 1fr; content-align: center middle; display: none; }
-    #status { height: auto; padding: 0 1; }
-    #machine { height: 1; padding: 0 1; }
-    .-flat #machine, .-low #machine, .zen #machine, .bare #machine { display: none; }
-    #tabs { height: 1; padding: 0 1; background: $panel; }
-    #views { height: 1fr; }
-    #curve { width: 2fr; height: 1fr; }
-    #side { width: 1fr; height: 1fr; }
-    #divider { width: 1; height: 1fr; color: $foreground-muted; display: none; }
-    #divider:hover { color: $accent; }
-    .-large #views.both #divider { display: block; }
-    #samples { height: 3fr; padding: 0 1; }
-    .metric { height: 2fr; display: none; }
-    .-large.-tall #views.both .metric, .-large.-highest #views.both .metric { display: block; }
-    #sample_head, #sample_bar { height: 1; }
-    #sample_scroll { height: 1fr; }
-    .-small #views.both #side { display: none; }
-    .-low #views.both { layout: vertical; }
-    .-low #views.both #curve { width: 100%; }
-    .-low #views.both #side { display: block; width: 100%; height: 4; }
-    .-low #sample_bar { display: none; }
-    #views.curve #side { display: none; }
-    #views.samples #curve { display: none; }
-    .zen #runs, .zen #line, .zen #status { display: none; }
-    .bare #runs, .bare #line, .bare #status, .bare #tabs, .bare #views { display: none; }
-    .bare #empty { display: block; }
-    Page { align: center middle; }
-    #page { width: 94%; max-width: 110; height: 94%; border: round $accent; padding: 0 1; background: $surface; }
-    """
+    CSS_PATH = "app.tcss"
 
     class Polled(Message):
         """The thread has read what there was."""
