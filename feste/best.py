@@ -28,8 +28,8 @@ FEWEST_STEPS = 100
 VOCABULARIES = ((1.5e6, 512, 1.9), (10e6, 1024, 2.4), (50e6, 4096, 3.2), (float("inf"), 16_384, 3.8))
 DROPOUTS = ((4.0, 0.0), (20.0, 0.1))  # up to so many passes over the text
 MOST_DROPOUT = 0.2
-MOST_PARAMETERS = 16.0  # for each token of the text
-MOST_PASSES = 20.0      # over it
+MOST_PARAMETERS = 8.0   # for each token of the text
+MOST_PASSES = 12.0      # over it
 TIMED_SECONDS = 1.0     # of steps of each shape, and one step at least
 
 

@@ -239,6 +239,8 @@ def add_flags(parser: argparse.ArgumentParser, preset: Preset | None = None) -> 
     text.add_argument("--data", metavar="FILE", help="a text file, used whole; a directory of `feste prepare`, of "
                       "nanoGPT's or llm.c's tokens; or a .jsonl of questions and answers (default: Shakespeare, as "
                       "much of it as the preset says)")
+    text.add_argument("--val-data", metavar="FILE", help="a text file that is held out for validation (default: the "
+                      "end of the text, see --val-fraction)")
     text.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a directory with it or with vocab.json "
                       "and merges.txt (default: one is made from the text)")
     text.add_argument("--encoding", metavar="NAME", help="of the text (default: as its mark says, else utf-8)")
@@ -372,12 +374,14 @@ def _train_config(preset: Preset, model: Config, args: argparse.Namespace, sourc
 
 def _source(preset: Preset, args: argparse.Namespace) -> Source:
     """Which text. A preset takes the beginning of Shakespeare only; a text of the user's own is meant as a whole."""
-    if args.data is None:
-        of_preset = Source(None, preset.train_chars, preset.tokenizer_chars)
-        return replace(of_preset, **_named(args, Source))
     named = _named(args, Source)
-    paths = {name: str(Path(named[name]).absolute()) for name in ("data", "tokenizer") if name in named}
-    return Source(**named | paths)
+    if "val_data" in named and args.val_fraction is not None:
+        raise FesteError(f"val_fraction={args.val_fraction} holds out the end of the text, and val_data another text; "
+                         "leave one of them out", "val_fraction", "val_data")
+    named |= {name: str(Path(named[name]).absolute()) for name in ("data", "tokenizer", "val_data") if name in named}
+    if args.data is None:
+        return replace(Source(None, preset.train_chars, preset.tokenizer_chars), **named)
+    return Source(**named)
 
 
 def _new_directory(preset: Preset, source: Source, dry_run: bool) -> Path:

@@ -42,7 +42,8 @@ class Source:
 
     data: a text file, a directory of tokens, or None for Shakespeare. train_chars: train on the first so many
     characters; tokenizer_chars: make the tokenizer from the first so many; None for all of them. encoding and errors:
-    how the file is read, see `text`. tokenizer: a file or directory that holds the tokenizer, which is not made then.
+    how files are read, see `text`. tokenizer: a file or directory that holds the tokenizer, which is not made then.
+    val_data: a text file that is held out, instead of the end of the text.
     """
 
     data: str | None = None
@@ -51,6 +52,7 @@ class Source:
     encoding: str | None = None
     errors: str = "strict"
     tokenizer: str | None = None
+    val_data: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("train_chars", "tokenizer_chars"):
@@ -96,6 +98,10 @@ class Source:
         """The part of the text that a run is trained on. CorpusError for a directory of tokens."""
         return self._whole()[:self.train_chars]
 
+    def val_text(self) -> str | None:
+        """The text that is held out, if it is one of its own."""
+        return None if self.val_data is None else read_text(self.val_data, self.encoding, self.errors)
+
     def _whole(self) -> str:
         if self.data is None:
             return shakespeare_text()
@@ -138,11 +144,11 @@ class Source:
                 raise CorpusError(f"the tokens in {self.data} were made with another tokenizer than that of the "
                                   "checkpoint; make them again with its tokenizer.json, or name a text file", "data")
             return tokens, made_with
-        text = self._whole()
+        text, held_out = self._whole(), self.val_text()
         if tokenizer is None:
             tokenizer = BPETokenizer.train(text[:self.tokenizer_chars], vocab_size)
-        return tokenizer.encode_to_numpy(text[:self.train_chars]), tokenizer
-
+        tokens = tokenizer.encode_to_numpy(text[:self.train_chars])
+        return (tokens if held_out is None else Text(tokens, tokenizer.encode_to_numpy(held_out))), tokenizer
 
     def _load_shards(self, tokenizer: BPETokenizer | None) -> tuple[Text, BPETokenizer]:
         """Files of other programs, whose tokenizer must be named or lie beside them."""
@@ -157,7 +163,7 @@ class Source:
         return Text(*load_shards(self.data)), tokenizer
 
     def _load_pairs(self, vocab_size: int, tokenizer: BPETokenizer | None) -> tuple[Pairs, BPETokenizer]:
-        for name in ("train_chars", "tokenizer_chars"):
+        for name in ("train_chars", "tokenizer_chars", "val_data"):
             if getattr(self, name) is not None:
                 raise CorpusError(f"{name} is for texts, and {self.data} holds questions and answers; leave it out",
                                   name)

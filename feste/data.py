@@ -43,9 +43,10 @@ class Text:
             digest.update(self.tokens.fingerprint())
             digest.update(self.held_out.fingerprint() if self.held_out is not None else b"")
             return digest.hexdigest()
-        for i in range(0, len(self.tokens), HASH_BLOCK):
-            require_whole(self.tokens)
-            digest.update(np.ascontiguousarray(self.tokens[i:i + HASH_BLOCK], np.uint32))
+        for tokens in (self.tokens, self.held_out) if self.held_out is not None else (self.tokens,):
+            for i in range(0, len(tokens), HASH_BLOCK):
+                require_whole(tokens)
+                digest.update(np.ascontiguousarray(tokens[i:i + HASH_BLOCK], np.uint32))
         return digest.hexdigest()
 
     def split(self, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +55,8 @@ class Text:
     def require(self, config: TrainConfig) -> None:
         """FesteError unless both parts hold a window of seq_len."""
         train, held_out = self.split(config)
-        require_window(held_out, config.seq_len, f"the held-out part ({config.val_fraction:.0%} of the text)")
+        part = f"part ({config.val_fraction:.0%} of the text)" if self.held_out is None else "text"
+        require_window(held_out, config.seq_len, f"the held-out {part}")
         require_window(train, config.seq_len, "the training text")
 
     def passes(self, config: TrainConfig) -> float:

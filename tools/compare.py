@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,8 +82,14 @@ def _bits_per_byte(checkpoint: Checkpoint, text: str) -> float:
 
 
 def held_out_text(runs: list[Run], checkpoints: list[Checkpoint]) -> str:
-    """The end of the runs' common text that none of them was trained on; FesteError if there is no such text."""
-    texts = [_training_text(run) for run in runs]
+    """The end of the runs' common text that none of them was trained on, or the text that all of them hold out;
+    FesteError if there is no such text."""
+    apart = [_read(run, Source.val_text) for run in runs]
+    if any(apart):
+        if any(text != apart[0] for text in apart):
+            raise FesteError("the runs hold out different texts", "score")
+        return apart[0]
+    texts = [_read(run, Source.text) for run in runs]
     if any(text != texts[0] for text in texts):
         raise FesteError("the runs were trained on different texts, so that none is held out of all of them", "score")
     data = texts[0].encode()
@@ -98,13 +104,13 @@ def held_out_text(runs: list[Run], checkpoints: list[Checkpoint]) -> str:
     return data[max(starts):].decode("utf-8", errors="ignore")  # a cut through a character drops its rest
 
 
-def _training_text(run: Run) -> str:
-    """The text a run was trained on, read as the training read it."""
+def _read(run: Run, which: Callable[[Source], str | None]) -> str | None:
+    """The text a run was trained on, or the one it holds out, read as the training read it."""
     source = Source.of_run(run.info)
     if source is None or source.is_tokens:
         raise FesteError(f"{run.name} does not tell which text it was trained on", "score")
     try:
-        return source.text()
+        return which(source)
     except FesteError as error:
         raise FesteError(f"the text of {run.name} is not at hand ({error})", "score") from None
 
