@@ -11,7 +11,7 @@ import pytest
 
 import feste.model
 from feste import GPT2, ops
-from tools.bench.alternation import Figure, Unavailable, alternate, figures, ratios, run_worker
+from tools.bench.alternation import LIMITS, Figure, Unavailable, alternate, figures, ratios, run_worker
 from tools.bench.inputs import write_inputs
 from tools.bench.profile import profile
 from tools.bench.sizes import SIZES, gemm_shapes, model_config, step_flops
@@ -52,6 +52,15 @@ def test_a_worker_reports_losses_speed_and_share_of_peak():
     result = run_worker("steps", size="tiny", precision="fp32", seconds=0.05)
     assert result["losses"][0] == pytest.approx(6.24, abs=0.1) and len(result["losses"]) == 3
     assert result["steps_per_second"] > 0 and 0 < result["share_of_peak"] < 1.5
+
+
+def test_the_instruction_set_of_a_measurement(tmp_path):
+    path, built = tmp_path / "results.json", [isa for isa in LIMITS if ops._is_built(isa)]
+    isa = built[-1] if built else pytest.skip("no instruction set of x86-64 was built")
+    command = ["kernels", "--isa", isa, "--sizes", "tiny", "--rounds", "1", "--seconds", "0.02", "--precisions", "fp32"]
+    subprocess.run([sys.executable, "-m", "tools.bench", *command, "--peers", "--json", str(path)], check=True, cwd=ROOT,
+                   capture_output=True)
+    assert json.loads(path.read_text())["machine"]["isa"] == isa
 
 
 def test_a_profile_names_every_kernel_of_a_step():

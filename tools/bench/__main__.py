@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from feste import ops
 from feste.arguments import Parser
 from feste.cli import guarded
 from feste.corpus import shakespeare_text
+from feste.errors import FesteError
 from feste.ops import get_num_threads
 from feste.tokenizer import BPETokenizer
 
 from . import report
-from .alternation import Figure, alternate, figures, ratios
+from .alternation import LIMITS, Figure, alternate, figures, ratios
 from .documents import VOCAB_SIZES
 from .generation import TOKENS
 from .inputs import write_inputs
@@ -428,6 +431,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                         help="text of the stream discipline (default: 500)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each recipe in learn (default: 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="of each run in learn (default: the preset's)")
+    parser.add_argument("--isa", choices=LIMITS, help="instruction set of feste and its peers, to measure as on an "
+                        "older CPU (default: the best that this one has)")
     several = parser.add_argument_group("ranks")
     several.add_argument("--ranks", nargs="+", type=int, default=(1, 2), metavar="N", help="numbers of ranks")
     several.add_argument("--launcher", default="mpiexec -n {ranks}", metavar="CMD", help="what starts so many "
@@ -455,6 +460,12 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     args = make_parser(prog).parse_args(argv)
 
     def measure() -> int:
+        if args.isa:
+            os.environ.update(LIMITS[args.isa])
+            try:
+                ops.use(args.isa)
+            except ImportError as error:
+                raise FesteError(str(error).replace("FESTE_ISA=", "--isa ")) from None
         results = ALL[args.discipline](args)
         if args.json:
             report.write_json(args.json, results)

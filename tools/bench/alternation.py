@@ -38,6 +38,14 @@ class Figure:
         return self.to(3)
 
 
+# The environment in which feste, PyTorch, oneDNN and MKL know no newer instruction set than one.
+LIMITS = {isa: dict(zip(("FESTE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), names,
+                        strict=True))
+          for isa, *names in (("avx512", "avx512", "avx512", "AVX512_CORE_BF16", "AVX512"),
+                              ("avx2", "avx2", "avx2", "AVX2", "AVX2"),
+                              ("generic", "generic", "default", "SSE41", "SSE4_2"))}
+
+
 class Unavailable(Exception):
     """A program that cannot run here: its library is missing, or it failed."""
 
