@@ -2,7 +2,8 @@
  *
  * A member that has to wait spins first, because the others are rarely more than some microseconds behind; then it
  * sleeps, because one that was put off its core by another program comes back sooner if it leaves it a core. How long
- * it spins is learnt: much where spinning has helped, little where it was in vain.
+ * it spins is learnt: much where spinning has helped, little where it was in vain. With little patience hardly anything
+ * helps, so now and then it is tried again with much: the other program may be gone.
  */
 #ifndef FESTE_TEAM_H
 #define FESTE_TEAM_H
@@ -22,9 +23,10 @@ typedef struct {
 
 enum {
     PATIENCE_MOST = 4000,             /* looks at the phase before a member sleeps: some 50 microseconds, */
-    PATIENCE_LEAST = 40               /* or half of one where it was in vain, again and again */
+    PATIENCE_LEAST = 40,              /* or half of one where it was in vain, again and again */
+    SLEEPS_TO_TRY_AGAIN = 4096        /* some 75 steps of a small model in which nobody spins */
 };
-static atomic_int patience = PATIENCE_MOST;
+static atomic_int patience = PATIENCE_MOST, sleeps;
 
 static inline void team_open(team_t *team) {
     atomic_init(&team->phase, 0);
@@ -67,7 +69,9 @@ static void team_wait(team_t *team, unsigned phase) {
         }
         look_again();
     }
-    atomic_store_explicit(&patience, most / 2 > PATIENCE_LEAST ? most / 2 : PATIENCE_LEAST, memory_order_relaxed);
+    most = most / 2 > PATIENCE_LEAST ? most / 2 : PATIENCE_LEAST;
+    if (atomic_fetch_add_explicit(&sleeps, 1, memory_order_relaxed) % SLEEPS_TO_TRY_AGAIN == 0) most = PATIENCE_MOST;
+    atomic_store_explicit(&patience, most, memory_order_relaxed);
     team_sleep(team, phase);
 }
 
