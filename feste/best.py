@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from feste import ops, optim
-from feste.config import MODERN, REPEATED, Config, Preset, TrainConfig
+from feste.config import MODERN, SPELT, Config, Preset, TrainConfig
 from feste.errors import FesteError
 from feste.model import GPT2
 from feste.params import ParameterTable
@@ -92,7 +92,7 @@ def _preset(config: Config, shape: Shape, steps: int, precision: str) -> Preset:
     interval = max(1, steps // 20)
     train = TrainConfig(steps, seq_len=shape.block_size, batch_size=shape.batch_size, val_interval=interval,
                         sample_interval=4 * interval, checkpoint_interval=2 * interval, patience=steps,
-                        precision=precision, **MODERN, **(REPEATED if config.dropout else {}))
+                        precision=precision, **MODERN, **(SPELT if config.dropout else {}))
     return Preset("best", "what learns most in the time", config, train)
 
 
