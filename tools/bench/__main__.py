@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from feste import ops
 from feste.arguments import Parser
 from feste.cli import guarded
 from feste.corpus import shakespeare_text
 from feste.errors import FesteError
-from feste.ops import get_num_threads
+from feste.ops import get_num_threads, use
 from feste.tokenizer import BPETokenizer
 
 from . import report
@@ -463,7 +462,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         if args.isa:
             os.environ.update(LIMITS[args.isa])
             try:
-                ops.use(args.isa)
+                use(args.isa)
             except ImportError as error:
                 raise FesteError(str(error).replace("FESTE_ISA=", "--isa ")) from None
         results = ALL[args.discipline](args)
