@@ -222,8 +222,8 @@ def _seed_presets() -> list[Preset]:
 # What docs/LEARNING.md found to learn most from a step: beside the shape, what a run does otherwise than the seed's.
 MODERN = {"learning_rate": 1.5e-2, "optimizer": "muon", "matrix_rate": 0.7, "beta1": 0.8, "beta2": 0.99,
           "schedule": "linear", "min_lr_fraction": 0.0, "warmup_fraction": 0.05}
-# For a text that is read many times, beside dropout; the decay is that of embeddings and head. A small model has no room
-# to learn it by heart, and gains nothing by other spellings.
+# For a text that is read many times, beside dropout; the decay is that of embeddings and head. A small model has no
+# room to learn it by heart, and gains nothing by other spellings.
 REPEATED = {"weight_decay": 0.5}
 SPELT = REPEATED | {"token_splits": 0.1}
 

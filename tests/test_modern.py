@@ -286,8 +286,10 @@ def test_best_does_not_learn_a_short_text_by_heart(monkeypatch):
 
 def test_best_gives_dropout_to_a_text_that_is_read_often(monkeypatch):
     monkeypatch.setattr(best, "seconds_per_step", lambda *_: 0.01)
-    once, often = (best.choose(characters, 2.0)[0].model.dropout for characters in (100_000_000, 100_000))
-    assert once == 0.0 < often
+    once, some, often = (best.choose(characters, 2.0)[0] for characters in (100_000_000, 8_000_000, 100_000))
+    assert once.model.dropout == 0.0 < some.model.dropout == often.model.dropout
+    assert once.train.token_splits == some.train.token_splits == 0.0 < often.train.token_splits
+    assert once.train.weight_decay < some.train.weight_decay == often.train.weight_decay
 
 
 def test_best_needs_a_time_and_a_text():
