@@ -32,6 +32,6 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * share)
 
 
-def share_of_peak(step: int, config: TrainConfig) -> float:
+def share_of_peak_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of a step as a share of the peak."""
     return learning_rate_at(step, config) / config.learning_rate

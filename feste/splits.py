@@ -13,7 +13,7 @@ import numpy as np
 
 from feste.config import TrainConfig
 from feste.errors import FesteError
-from feste.schedule import share_of_peak
+from feste.schedule import share_of_peak_rate
 
 if TYPE_CHECKING:
     from feste.tokenizer import BPETokenizer
@@ -69,4 +69,4 @@ class Speller:
     def spell(self, rows: np.ndarray, step: int) -> np.ndarray:
         """The windows (N, n) of a step in other tokens."""
         rng = np.random.default_rng([self.config.seed, step, RANDOM_KEY])
-        return self.splits.split(rows, self.config.token_splits * share_of_peak(step, self.config), rng)
+        return self.splits.split(rows, self.config.token_splits * share_of_peak_rate(step, self.config), rng)

@@ -201,7 +201,7 @@ class RunDirectory:
         self._log.info |= facts | {"checkpoint_saves": self.writer.saves,
                                    "checkpoint_held_up_seconds": self.writer.held_up_seconds}
         self._log.close(state, reason)
-        self.say(f"{state} at step {facts.get('step', '?'):,}" + (f": {reason}" if reason else ""))
+        self.say(state + (f" at step {facts['step']:,}" if "step" in facts else "") + (f": {reason}" if reason else ""))
         self._lock.release()
 
 

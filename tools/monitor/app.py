@@ -24,7 +24,7 @@ from . import colours, keys, machine, preferences
 from .curve import View
 from .line import Line
 from .pages import Card, Help, JournalPage
-from .panes import ABOVE, BESIDE, FEWEST_ROWS, MOST_ROWS, Divider, divide, moved
+from .panes import ABOVE, BESIDE, FEWEST_ROWS, MOST_ROWS, STEP, Divider, divide, within
 from .picture import AXES, LINES, METRICS, SPANS, convert
 from .runs import SORTS, FollowedRun, Watch, in_order
 from .samples import Samples, ScrubBar
@@ -326,16 +326,16 @@ class Monitor(App):
 
     def action_divide(self, change: int) -> None:
         standard = BESIDE if self.large else ABOVE
-        self._divide(moved(self.share, standard, change))
+        self._divide((standard if self.share is None else self.share) + change * STEP)
 
     def _divide(self, share: int) -> None:
-        self.share = share
-        self._choose(share=share)
+        self.share = within(share)
+        self._choose(share=self.share)
         self._lay_out()
         self.call_after_refresh(self.show)
 
     def on_divider_moved(self, message: Divider.Moved) -> None:
-        self._divide(moved(None, round(100 * message.column / self.size.width), 0))
+        self._divide(round(100 * message.column / self.size.width))
 
     def action_rows(self, change: int) -> None:
         table = self.screen_stack[0].query_one(RunTable)

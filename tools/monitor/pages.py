@@ -28,7 +28,8 @@ class Page(ModalScreen):
             yield Static(self.content(), markup=False)
 
     def content(self) -> Text:
-        raise NotImplementedError
+        """What stands on it."""
+        return Text()
 
 
 class Help(Page):

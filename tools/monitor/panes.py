@@ -13,9 +13,9 @@ FEWEST_ROWS, MOST_ROWS = 1, 40  # runs in the list that are seen at once
 RULE, MARK = "│", "┃"
 
 
-def moved(share: int | None, standard: int, change: int) -> int:
-    """The share of the curve, some percent larger; standard: what it is as long as nobody has chosen."""
-    return min(max((standard if share is None else share) + change, LEAST), MOST)
+def within(share: int) -> int:
+    """The nearest share that leaves room for both panes."""
+    return min(max(share, LEAST), MOST)
 
 
 def divide(curve: Widget, side: Widget, share: int | None, dimension: str) -> None:
