@@ -210,10 +210,10 @@ cdef struct AttentionForward:
 cdef void attention_forward_body(const void* call, const Member* me) noexcept nogil:
     cdef const AttentionForward* k = <const AttentionForward*>call
     cdef float* work = <float*>me.work + me.thread * forward_size(&k.heads)
-    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me)
+    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me, heads)
     while head < heads:
         attention_forward_head(k.out, k.lse, k.qkv, work, &k.heads, head)
-        head = next_task(me)
+        head = next_task(me, heads)
 
 
 def attention_forward(cnp.ndarray out, cnp.ndarray lse, cnp.ndarray qkv, Py_ssize_t B, Py_ssize_t T, Py_ssize_t H,
@@ -367,10 +367,10 @@ cdef struct AttentionBackward:
 cdef void attention_backward_body(const void* call, const Member* me) noexcept nogil:
     cdef const AttentionBackward* k = <const AttentionBackward*>call
     cdef float* work = <float*>me.work + me.thread * backward_size(&k.heads)
-    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me)
+    cdef Py_ssize_t heads = k.heads.B * k.heads.H, head = next_task(me, heads)
     while head < heads:
         attention_backward_head(k.dqkv, k.dout, k.qkv, k.out, k.lse, work, &k.heads, head)
-        head = next_task(me)
+        head = next_task(me, heads)
 
 
 def attention_backward(cnp.ndarray dqkv, cnp.ndarray dout, cnp.ndarray qkv, cnp.ndarray out, cnp.ndarray lse,

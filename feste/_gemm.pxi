@@ -205,11 +205,11 @@ cdef void gemm_by_rows(const void* call, const Member* me) noexcept nogil:
             for task in range(mine.begin, mine.end):
                 pack_shared_panels(g, panels, all, task, groups)
             barrier(me)
-            task = next_task(me)
+            task = next_task(me, row_blocks * column_blocks)
             while task < row_blocks * column_blocks:
                 multiply_rows(g, strips, panels, all, cut_rows(all, task // column_blocks, row_blocks),
                               task % column_blocks, column_blocks)
-                task = next_task(me)
+                task = next_task(me, row_blocks * column_blocks)
 
 
 cdef void pack_shared_panels(const Gemm* g, float* panels, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
@@ -248,10 +248,10 @@ cdef void gemm_by_columns(const void* call, const Member* me) noexcept nogil:
             for task in range(mine.begin, mine.end):
                 pack_shared_strips(g, strips, all, task, groups)
             barrier(me)
-            task = next_task(me)
+            task = next_task(me, column_blocks)
             while task < column_blocks:
                 multiply_columns(g, strips, panels, cut_columns(all, task, column_blocks))
-                task = next_task(me)
+                task = next_task(me, column_blocks)
 
 
 cdef void pack_shared_strips(const Gemm* g, float* strips, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:

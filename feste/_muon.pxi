@@ -245,7 +245,7 @@ cdef void apply_update(const Muon* k, const Momentum* x) noexcept nogil:
 cdef void muon_body(const void* call, const Member* me) noexcept nogil:
     cdef const Muon* k = <const Muon*>call
     cdef float* work = <float*>me.work + me.thread * muon_size(k)
-    cdef Py_ssize_t task = next_task(me)
+    cdef Py_ssize_t task = next_task(me, k.count)
     cdef Momentum x
     while task < k.count:
         x = momentum_of(k.matrices + MUON_ROW * task, work)
@@ -254,7 +254,7 @@ cdef void muon_body(const void* call, const Member* me) noexcept nogil:
         inverse_root(&x)
         multiply_root(&x)
         apply_update(k, &x)
-        task = next_task(me)
+        task = next_task(me, k.count)
 
 
 cdef Py_ssize_t muon_size(const Muon* k) noexcept nogil:

@@ -73,11 +73,11 @@ cdef extern from "_simd.h" nogil:
 cdef extern from "_team.h" nogil:
     ctypedef struct team_t:
         pass
-    void team_open(team_t* team)
+    void team_open(team_t* team, int size)
     void team_close(team_t* team)
     void team_barrier(team_t* team, int size)
     void begin_tasks(team_t* team)
-    Py_ssize_t take_task(team_t* team)
+    Py_ssize_t take_task(team_t* team, int thread, int size, Py_ssize_t n)
     void end_after(team_t* team, Py_ssize_t call)
     bint ends_after(team_t* team, Py_ssize_t call)
     void* recording()

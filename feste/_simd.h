@@ -171,22 +171,26 @@ static inline vf bf16_fma(vf acc, vi a, vi b) { return vfma((vf)a, (vf)b, acc); 
 static inline vi bf16_word(vf even, vf odd, int word) { return bf16_bits(word ? odd : even); }
 #endif
 
-/* out (VL x VL, leading dimension ldo) = the transpose of in: log2(VL) rounds, each swapping the
+/* out (SIDE x SIDE, leading dimension ldo) = the transpose of in: log2(SIDE) rounds, each swapping the
  * off-diagonal blocks of twice the size. */
-static inline void transpose_tile(int32_t *out, ptrdiff_t ldo, const int32_t *in, ptrdiff_t ldi) {
-    vi row[VL], lane;
-    for (int i = 0; i < VL; i++) { row[i] = viload(in + i * ldi); lane[i] = i; }
-    for (int size = 1; size < VL; size *= 2) {
-        const vi upper = (lane & size) != 0;
-        const vi keep_i = (~upper & lane) | (upper & (lane - size + VL));
-        const vi keep_j = (~upper & (lane + size)) | (upper & (lane + VL));
-        for (int i = 0; i < VL; i++)
+enum { SIDE = VL < 8 ? VL : 8 }; /* shuffles of two vectors of 16 lanes take five times as long as those of 8 */
+typedef int32_t vside __attribute__((vector_size(4 * SIDE)));
+typedef int32_t vside_unaligned __attribute__((vector_size(4 * SIDE), aligned(4), may_alias));
+
+static inline void transpose_square(int32_t *out, ptrdiff_t ldo, const int32_t *in, ptrdiff_t ldi) {
+    vside row[SIDE], lane;
+    for (int i = 0; i < SIDE; i++) { row[i] = *(const vside_unaligned *)(in + i * ldi); lane[i] = i; }
+    for (int size = 1; size < SIDE; size *= 2) {
+        const vside upper = (lane & size) != 0;
+        const vside keep_i = (~upper & lane) | (upper & (lane - size + SIDE));
+        const vside keep_j = (~upper & (lane + size)) | (upper & (lane + SIDE));
+        for (int i = 0; i < SIDE; i++)
             if (!(i & size)) {
-                vi a = row[i], b = row[i + size];
+                vside a = row[i], b = row[i + size];
 #if defined(__clang__)
-                for (int l = 0; l < VL; l++) {
-                    row[i][l] = keep_i[l] < VL ? a[keep_i[l]] : b[keep_i[l] - VL];
-                    row[i + size][l] = keep_j[l] < VL ? a[keep_j[l]] : b[keep_j[l] - VL];
+                for (int l = 0; l < SIDE; l++) {
+                    row[i][l] = keep_i[l] < SIDE ? a[keep_i[l]] : b[keep_i[l] - SIDE];
+                    row[i + size][l] = keep_j[l] < SIDE ? a[keep_j[l]] : b[keep_j[l] - SIDE];
                 }
 #else
                 row[i] = __builtin_shuffle(a, b, keep_i);
@@ -194,7 +198,12 @@ static inline void transpose_tile(int32_t *out, ptrdiff_t ldo, const int32_t *in
 #endif
             }
     }
-    for (int i = 0; i < VL; i++) vistore(out + i * ldo, row[i]);
+    for (int i = 0; i < SIDE; i++) *(vside_unaligned *)(out + i * ldo) = row[i];
+}
+/* out (VL x VL, leading dimension ldo) = the transpose of in. */
+static inline void transpose_tile(int32_t *out, ptrdiff_t ldo, const int32_t *in, ptrdiff_t ldi) {
+    for (int i = 0; i < VL; i += SIDE)
+        for (int j = 0; j < VL; j += SIDE) transpose_square(out + j * ldo + i, ldo, in + i * ldi + j, ldi);
 }
 
 /* A work space that belongs to the calling thread, grows as needed, and is freed when the thread ends. Kernels

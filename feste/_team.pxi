@@ -34,9 +34,12 @@ cdef inline Share share(const Member* me, Py_ssize_t n) noexcept nogil:
     return Share(begin=n * me.thread // me.size, end=n * (me.thread + 1) // me.size)
 
 
-cdef inline Py_ssize_t next_task(const Member* me) noexcept nogil:
-    """The number of a task that nobody has taken yet. Between two barriers there is at most one loop over tasks."""
-    return take_task(me.team)
+cdef inline Py_ssize_t next_task(const Member* me, Py_ssize_t n) noexcept nogil:
+    """One of the tasks 0 .. n - 1 that nobody has taken yet, or n; first those of the member's `share`, then any.
+
+    Between two barriers there is at most one loop over tasks.
+    """
+    return take_task(me.team, me.thread, me.size, n)
 
 
 cdef inline void barrier(const Member* me) noexcept nogil:
@@ -53,7 +56,7 @@ cdef void work_through(const Call* calls, Py_ssize_t first, Py_ssize_t n, Py_ssi
     cdef team_t own
     cdef Member alone = Member(team=&own, thread=0, size=1, work=me.work)
     cdef Py_ssize_t i = first
-    team_open(&own)
+    team_open(&own, 1)
     while i < n:
         if not calls[i].alone:
             calls[i].body(calls[i].arguments, &me)
@@ -77,7 +80,7 @@ cdef Py_ssize_t replay(const Call* calls, Py_ssize_t first, Py_ssize_t n, double
     """Work through calls first .. n with a team of so many threads; returns where it ended, for the clock may say until."""
     cdef team_t team
     cdef Py_ssize_t end = first
-    team_open(&team)
+    team_open(&team, threads)
     if threads == 1:
         work_through(calls, first, n, &end, until, Member(team=&team, thread=0, size=1, work=work))
     else:
