@@ -59,6 +59,10 @@ enum {
     QUERIES    = (64 + MR - 1) / MR * MR,    /* queries of a block: whole strips, and at least 64, so that T = 64 is one
                                               * block; 48 were 8 % slower at T = 64, 96 bring nothing more */
 
+    /* ---- norms --------------------------------------------------------------------------------------------------- */
+    ROWS_AT_ONCE = 8,                        /* rows that take each pass of a norm together, while they are in L1: the sum of
+                                              * a row is a chain of some 50 cycles, in which others can be summed */
+
     /* ---- sums and threads ------------------------------------------------------------------------------------------ */
     ROW_TILE   = 64,                         /* rows whose sums are added up on their own before they join the total:
                                               * rounding errors grow with 64 + rows / 64 additions and not with rows */

@@ -8,29 +8,35 @@ cdef inline vf centered(const float* x, Py_ssize_t n, float mean) noexcept nogil
     return (vload(x) if n >= VL else vload_part(x, n, mean)) - vset(mean)
 
 
-cdef void layernorm_row(float* out, float* mean, float* rstd, const float* x, const float* weight,
-                        const float* bias, Py_ssize_t C) noexcept nogil:
-    """out (C) = (x (C) - mean) * rstd * weight (C) + bias (C), with the mean and 1 / sqrt(variance + eps) of x.
-
-    Three passes over a row in L1: a variance from the sums of x and x^2 in one pass would cancel digits where the mean is
-    large. Two chains of additions side by side: one would wait for its own latency.
-    """
-    cdef Py_ssize_t j, jb, blocks = ceil_div(C, 2 * VL)
-    cdef vf acc0 = vset(0), acc1 = vset(0), mu, scale, x0, x1
-    for jb in range(blocks):
+cdef inline float row_mean(const float* x, Py_ssize_t C) noexcept nogil:
+    """The mean of x (C). Two chains of additions side by side: one would wait for its own latency."""
+    cdef Py_ssize_t j, jb
+    cdef vf acc0 = vset(0), acc1 = vset(0)
+    for jb in range(ceil_div(C, 2 * VL)):
         j = jb * 2 * VL
         acc0 = acc0 + part(x + j, C - j)
         acc1 = acc1 + part(x + j + VL, C - j - VL)
-    mean[0] = vsum(acc0 + acc1) / C
-    acc0 = acc1 = vset(0)
-    for jb in range(blocks):
+    return vsum(acc0 + acc1) / C
+
+
+cdef inline float row_rstd(const float* x, float mean, Py_ssize_t C) noexcept nogil:
+    """1 / sqrt(variance + eps) of x (C). From the sums of x and x^2 a variance would lose digits where the mean is large."""
+    cdef Py_ssize_t j, jb
+    cdef vf acc0 = vset(0), acc1 = vset(0), x0, x1
+    for jb in range(ceil_div(C, 2 * VL)):
         j = jb * 2 * VL
-        x0 = centered(x + j, C - j, mean[0])
-        x1 = centered(x + j + VL, C - j - VL, mean[0])
+        x0 = centered(x + j, C - j, mean)
+        x1 = centered(x + j + VL, C - j - VL, mean)
         acc0 = vfma(x0, x0, acc0)
         acc1 = vfma(x1, x1, acc1)
-    rstd[0] = 1 / sqrtf(vsum(acc0 + acc1) / C + LAYERNORM_EPS)
-    mu, scale = vset(mean[0]), vset(rstd[0])
+    return 1 / sqrtf(vsum(acc0 + acc1) / C + LAYERNORM_EPS)
+
+
+cdef inline void normalise_row(float* out, const float* x, const float* weight, const float* bias, float mean, float rstd,
+                               Py_ssize_t C) noexcept nogil:
+    """out (C) = (x (C) - mean) * rstd * weight (C) + bias (C)."""
+    cdef Py_ssize_t j, jb
+    cdef vf mu = vset(mean), scale = vset(rstd)
     for jb in range(ceil_div(C, VL)):
         j = jb * VL
         put(out + j, vfma((part(x + j, C - j) - mu) * scale, part(weight + j, C - j), part(bias + j, C - j)), C - j)
@@ -49,9 +55,16 @@ cdef struct LayernormForward:
 cdef void layernorm_forward_body(const void* call, const Member* me) noexcept nogil:
     cdef const LayernormForward* k = <const LayernormForward*>call
     cdef Share rows = share(me, k.rows)
-    cdef Py_ssize_t i
-    for i in range(rows.begin, rows.end):
-        layernorm_row(k.out + i * k.C, k.mean + i, k.rstd + i, k.x + i * k.C, k.weight, k.bias, k.C)
+    cdef Py_ssize_t i, group, begin, end, C = k.C
+    for group in range(ceil_div(rows.end - rows.begin, ROWS_AT_ONCE)):
+        begin = rows.begin + group * ROWS_AT_ONCE
+        end = min(rows.end, begin + ROWS_AT_ONCE)
+        for i in range(begin, end):
+            k.mean[i] = row_mean(k.x + i * C, C)
+        for i in range(begin, end):
+            k.rstd[i] = row_rstd(k.x + i * C, k.mean[i], C)
+        for i in range(begin, end):
+            normalise_row(k.out + i * C, k.x + i * C, k.weight, k.bias, k.mean[i], k.rstd[i], C)
 
 
 def layernorm_forward(cnp.ndarray out, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray x, cnp.ndarray weight,

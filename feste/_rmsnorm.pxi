@@ -3,18 +3,23 @@
 cdef float RMSNORM_EPS = 1e-5  # Llama's, added to the mean square: a row of zeros is not divided by zero
 
 
-cdef void rmsnorm_row(float* out, float* rstd, const float* x, const float* weight, Py_ssize_t C) noexcept nogil:
-    """out (C) = x (C) * rstd * weight (C), rstd = 1 / sqrt(mean(x^2) + eps)."""
+cdef inline float rms_rstd(const float* x, Py_ssize_t C) noexcept nogil:
+    """1 / sqrt(mean(x^2) + eps) of x (C). Two chains of additions: one would wait for its own latency."""
     cdef Py_ssize_t j, jb
-    cdef vf acc0 = vset(0), acc1 = vset(0), scale, x0, x1  # two chains of additions: one would wait for its own latency
+    cdef vf acc0 = vset(0), acc1 = vset(0), x0, x1
     for jb in range(ceil_div(C, 2 * VL)):
         j = jb * 2 * VL
         x0 = part(x + j, C - j)
         x1 = part(x + j + VL, C - j - VL)
         acc0 = vfma(x0, x0, acc0)
         acc1 = vfma(x1, x1, acc1)
-    rstd[0] = 1 / sqrtf(vsum(acc0 + acc1) / C + RMSNORM_EPS)
-    scale = vset(rstd[0])
+    return 1 / sqrtf(vsum(acc0 + acc1) / C + RMSNORM_EPS)
+
+
+cdef inline void rms_normalise_row(float* out, const float* x, const float* weight, float rstd, Py_ssize_t C) noexcept nogil:
+    """out (C) = x (C) * rstd * weight (C)."""
+    cdef Py_ssize_t j, jb
+    cdef vf scale = vset(rstd)
     for jb in range(ceil_div(C, VL)):
         j = jb * VL
         put(out + j, part(x + j, C - j) * scale * part(weight + j, C - j), C - j)
@@ -31,9 +36,14 @@ cdef struct RmsnormForward:
 cdef void rmsnorm_forward_body(const void* call, const Member* me) noexcept nogil:
     cdef const RmsnormForward* k = <const RmsnormForward*>call
     cdef Share rows = share(me, k.rows)
-    cdef Py_ssize_t i
-    for i in range(rows.begin, rows.end):
-        rmsnorm_row(k.out + i * k.C, k.rstd + i, k.x + i * k.C, k.weight, k.C)
+    cdef Py_ssize_t i, group, begin, end, C = k.C
+    for group in range(ceil_div(rows.end - rows.begin, ROWS_AT_ONCE)):
+        begin = rows.begin + group * ROWS_AT_ONCE
+        end = min(rows.end, begin + ROWS_AT_ONCE)
+        for i in range(begin, end):
+            k.rstd[i] = rms_rstd(k.x + i * C, C)
+        for i in range(begin, end):
+            rms_normalise_row(k.out + i * C, k.x + i * C, k.weight, k.rstd[i], C)
 
 
 def rmsnorm_forward(cnp.ndarray out, cnp.ndarray rstd, cnp.ndarray x, cnp.ndarray weight, Py_ssize_t rows,

@@ -1,8 +1,8 @@
 /* The vector type behind the kernels, and the few things Cython cannot say about it.
  *
  * GCC's vector extension gives one source for SSE2, AVX2, AVX-512 and NEON: `a * b + c` on a vf is one fused
- * multiply-add where the instruction set has it. Intrinsics appear only for the bfloat16 instructions and for
- * minimum and maximum; beside each stands its portable equal, to the bit.
+ * multiply-add where the instruction set has it. Intrinsics appear only for the bfloat16 instructions, for parts of a
+ * vector and for minimum and maximum; beside each stands its portable equal, to the bit.
  */
 #ifndef FESTE_SIMD_H
 #define FESTE_SIMD_H
@@ -37,16 +37,31 @@ static inline vi viset(int32_t x) { return x - (vi){0}; }
 static inline vf vfloat(vi x) { return (vf)x; } /* the same bits */
 static inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 
-/* The last n < VL elements of a row, the other lanes filled. */
+/* The last n < VL elements of a row, the other lanes filled; none if n is negative. What lies behind the row is not
+ * touched. Without masks the vector goes through memory, and in a loop so do its neighbours. */
+#if defined(__AVX512F__)
+static inline __mmask16 lanes_below(ptrdiff_t n) { return (__mmask16)(n > 0 ? (1u << n) - 1 : 0); }
+static inline vf vload_part(const float *p, ptrdiff_t n, float fill) {
+    return (vf)_mm512_mask_loadu_ps((__m512)vset(fill), lanes_below(n), p);
+}
+static inline void vstore_part(float *p, vf x, ptrdiff_t n) { _mm512_mask_storeu_ps(p, lanes_below(n), (__m512)x); }
+#elif defined(__AVX2__)
+static inline vi lanes_below(ptrdiff_t n) { return (vi){0, 1, 2, 3, 4, 5, 6, 7} < viset((int32_t)n); }
+static inline vf vload_part(const float *p, ptrdiff_t n, float fill) {
+    vi mask = lanes_below(n);
+    return (vf)_mm256_blendv_ps((__m256)vset(fill), _mm256_maskload_ps(p, (__m256i)mask), (__m256)mask);
+}
+static inline void vstore_part(float *p, vf x, ptrdiff_t n) { _mm256_maskstore_ps(p, (__m256i)lanes_below(n), (__m256)x); }
+#else
 static inline vf vload_part(const float *p, ptrdiff_t n, float fill) {
     vf x = vset(fill);
     for (ptrdiff_t i = 0; i < n; i++) x[i] = p[i];
     return x;
 }
-/* The first n < VL lanes of x become the last elements of a row; what lies behind the row stays as it is. */
 static inline void vstore_part(float *p, vf x, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) p[i] = x[i];
 }
+#endif
 
 /* n floats from p on will be wanted soon. Any address will do. */
 static inline void prefetch_read(const float *p, ptrdiff_t n) {

@@ -20,12 +20,7 @@ cdef inline void put(float* x, vf value, Py_ssize_t n) noexcept nogil:
 
 cdef inline void put_words(int32_t* out, vi pairs, Py_ssize_t n) noexcept nogil:
     """Store the next vector of a row with n pairs of bfloat16 left; nothing beyond its end is written."""
-    cdef int32_t last[VL]
-    if n >= VL:
-        vistore(out, pairs)
-    else:
-        vistore(last, pairs)
-        memcpy(out, last, n * sizeof(int32_t))
+    put(<float*>out, vfloat(pairs), n)
 
 
 cdef inline void scale_row(float* x, float factor, Py_ssize_t n) noexcept nogil:

@@ -190,11 +190,13 @@ class Activations:
 
     def take(self, ids: np.ndarray, targets: np.ndarray) -> None:
         """The input of the next pass: ids and targets (B, T), of which those that are IGNORED do not count."""
-        self.ids[...] = ids
-        targets = targets.reshape(-1)
-        counted = np.flatnonzero(targets != IGNORED)
-        self.n_counted = len(counted)
-        self.counted[:self.n_counted], self.targets[:self.n_counted] = counted, targets[counted]
+        self.ids[...], targets = ids, targets.reshape(-1)
+        counts = targets != IGNORED
+        self.n_counted = int(np.count_nonzero(counts))
+        if self.n_counted == len(targets):
+            self.targets[...] = targets
+        else:
+            self.counted[:self.n_counted], self.targets[:self.n_counted] = np.flatnonzero(counts), targets[counts]
 
     def perform(self, settings: tuple, kernels: Callable[[], None], hooks: Hooks | None = None) -> None:
         """Run the kernels that `kernels` calls on these buffers, all of them by one team of threads.
