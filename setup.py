@@ -154,9 +154,12 @@ def extensions(compiler: Compiler) -> list[Extension]:
     if os.environ.get("FESTE_ISA_BUILD") == "none":
         return []
     included = sorted(path.name for pattern in ("*.pxi", "*.h") for path in Path("feste").glob(pattern))
-    variants = [extension(compiler, f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=included)
+    tokenizer = [name for name in included if name.startswith("_bpe")]
+    kernels = [name for name in included if name not in tokenizer]
+    variants = [extension(compiler, f"_ops_{isa}", "_ops.pyx", ISA_FLAGS[isa], depends=kernels)
                 for isa in isa_variants(compiler)]
-    return [*variants, extension(compiler, "_bpe", "_bpe.pyx"), extension(compiler, "_cpu", "_cpu.pyx")]
+    return [*variants, extension(compiler, "_bpe", "_bpe.pyx", depends=tokenizer),
+            extension(compiler, "_cpu", "_cpu.pyx")]
 
 
 if __name__ == "__main__":

@@ -83,6 +83,11 @@ cdef Block cut_columns(Block all, Py_ssize_t part, Py_ssize_t parts) noexcept no
 
 # ---- a block -----------------------------------------------------------------------------------------------
 
+cdef inline bint rows_serve(const Gemm* g) noexcept nogil:
+    """Whether rows of a are strips as they lie in memory."""
+    return g.a.cs == 1 and not g.bf16
+
+
 cdef void pack_a(const Gemm* g, float* strips, Block at) noexcept nogil:
     """Pack the rows of a block of a. Of contiguous float32 rows only those behind the last whole strip: the others serve
     as they lie."""
@@ -183,7 +188,7 @@ cdef Py_ssize_t own_panels_size(const Gemm* g) noexcept nogil:
 cdef void gemm_by_rows(const void* call, const Member* me) noexcept nogil:
     """All threads pack b for all; a task takes some rows of a, which it packs for itself where they need it.
 
-    Where there are too few rows for all threads, the tasks of a block of rows share out its columns.
+    Where there are too few rows for all threads, the tasks of a block of rows share out its columns; each packs the rows.
     """
     cdef const Gemm* g = <const Gemm*>call
     cdef float* panels = <float*>me.work
@@ -192,8 +197,8 @@ cdef void gemm_by_rows(const void* call, const Member* me) noexcept nogil:
     cdef Py_ssize_t jb, pb, groups, task
     cdef Share mine
     cdef Block all  # of this turn of jc and pc
-    if row_blocks < 2 * me.size:
-        column_blocks = ceil_div(TASKS_PER_THREAD * me.size, row_blocks)
+    if row_blocks < (2 * me.size if rows_serve(g) else me.size):
+        column_blocks = min(ceil_div(TASKS_PER_THREAD * me.size, row_blocks), ceil_div(min(g.N, NC), NR))
     for jb in range(ceil_div(g.N, NC)):
         for pb in range(ceil_div(g.K, depth_of(g))):
             if jb > 0 or pb > 0:

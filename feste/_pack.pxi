@@ -100,8 +100,8 @@ cdef void pack_panels_by_rows_bf16(Panels out, float* sums, Matrix b, Py_ssize_t
     cdef vf even, odd
     for pair in range(ceil_div(k, 2)):
         x = b.data + 2 * pair * b.rs
-        prefetch_read(x + 2 * PREFETCH_ROWS * b.rs, n)
-        prefetch_read(x + (2 * PREFETCH_ROWS + 1) * b.rs, n)
+        prefetch_read(x + PREFETCH_ROWS * b.rs, n)
+        prefetch_read(x + (PREFETCH_ROWS + 1) * b.rs, n)
         for jb in range(ceil_div(n, NR) * NV):
             j = jb * VL
             even = part(x + j, n - j)
@@ -163,8 +163,8 @@ cdef void pack_strips_bf16(int32_t* out, Py_ssize_t ps, Matrix a, Py_ssize_t m, 
     cdef int word
     for pair in range(ceil_div(k, 2)):
         x = a.data + 2 * pair * a.cs
-        prefetch_read(x + 2 * PREFETCH_ROWS * a.cs, m)
-        prefetch_read(x + (2 * PREFETCH_ROWS + 1) * a.cs, m)
+        prefetch_read(x + PREFETCH_ROWS * a.cs, m)
+        prefetch_read(x + (PREFETCH_ROWS + 1) * a.cs, m)
         for s in range(ceil_div(m, MR)):
             for jb in range(ceil_div(MR, VL)):  # once, but for SSE2 and NEON, where MR is more than a vector
                 j = jb * VL

@@ -50,12 +50,16 @@ cdef inline void barrier(const Member* me) noexcept nogil:
         begin_tasks(me.team)
 
 
-cdef void work_through(const Call* calls, Py_ssize_t first, Py_ssize_t n, Py_ssize_t* end, double until,
+cdef void work_through(const Call* calls, Py_ssize_t first, Py_ssize_t n, Py_ssize_t* end, double until, double* seconds,
                        Member me) noexcept nogil:
-    """A member's part of the calls first .. n, in their order; ends short of n, at `end`, once the clock says until."""
+    """A member's part of the calls first .. n, in their order; ends short of n, at `end`, once the clock says until.
+
+    seconds (n) or NULL: member 0 adds what each call took, up to the barrier behind it.
+    """
     cdef team_t own
     cdef Member alone = Member(team=&own, thread=0, size=1, work=me.work)
     cdef Py_ssize_t i = first
+    cdef double begun = omp_get_wtime(), now
     team_open(&own, 1)
     while i < n:
         if not calls[i].alone:
@@ -68,24 +72,28 @@ cdef void work_through(const Call* calls, Py_ssize_t first, Py_ssize_t n, Py_ssi
             if me.thread == 0 and omp_get_wtime() > until:
                 end_after(me.team, i)
             barrier(&me)
-            if ends_after(me.team, i):
-                break
+        if me.thread == 0 and seconds != NULL:
+            now = omp_get_wtime()
+            seconds[i - 1] += now - begun
+            begun = now
+        if ends_after(me.team, i):
+            break
     team_close(&own)
     if me.thread == 0:
         end[0] = i
 
 
-cdef Py_ssize_t replay(const Call* calls, Py_ssize_t first, Py_ssize_t n, double until, int threads,
+cdef Py_ssize_t replay(const Call* calls, Py_ssize_t first, Py_ssize_t n, double until, double* seconds, int threads,
                        char* work) noexcept nogil:
     """Work through calls first .. n with a team of so many threads; returns where it ended, for the clock may say until."""
     cdef team_t team
     cdef Py_ssize_t end = first
     team_open(&team, threads)
     if threads == 1:
-        work_through(calls, first, n, &end, until, Member(team=&team, thread=0, size=1, work=work))
+        work_through(calls, first, n, &end, until, seconds, Member(team=&team, thread=0, size=1, work=work))
     else:
         with parallel(num_threads=threads):
-            work_through(calls, first, n, &end, until,
+            work_through(calls, first, n, &end, until, seconds,
                          Member(team=&team, thread=threadid(), size=omp_get_num_threads(), work=work))
     team_close(&team)
     return end
@@ -123,18 +131,24 @@ cdef class Recording:
     def __exit__(self, *error):
         set_recording(NULL)
 
-    def run(self, Py_ssize_t first=0, end=None):
+    def run(self, Py_ssize_t first=0, end=None, cnp.ndarray seconds=None):
         """Execute the calls first .. end, all by default, in their order.
 
-        Python's signal handlers get their turn every tenth of a second or so.
+        seconds (len(self)) float64, if given: what each of them took is added to it. Python's signal handlers get their turn
+        every tenth of a second or so.
         """
         cdef Py_ssize_t at = first, last = self.n if end is None else end
         cdef char* work = <char*>scratch(self.work)
+        cdef double* took = NULL
+        cdef Arrays args
+        args.n = 0
+        if seconds is not None:
+            took = <double*>array(&args, seconds, cnp.NPY_FLOAT64, 1, self.n, "seconds", True)
         if not 0 <= first <= last <= self.n:
             raise ValueError(f"there are calls 0 .. {self.n}, not {first} .. {last}")
         while at < last:
             with nogil:
-                at = replay(self.calls, at, last, omp_get_wtime() + 0.1, self.threads, work)
+                at = replay(self.calls, at, last, omp_get_wtime() + 0.1, took, self.threads, work)
             PyErr_CheckSignals()
 
     cdef int add(self, Body body, const void* arguments, size_t size, size_t work, bint alone) except -1:
@@ -159,7 +173,7 @@ cdef int run(Body body, const void* arguments, size_t size, size_t work, bint al
     space = <char*>scratch(work)
     call = Call(body=body, arguments=arguments, alone=False)
     with nogil:
-        replay(&call, 0, 1, INFINITY, 1 if alone else n_threads, space)
+        replay(&call, 0, 1, INFINITY, NULL, 1 if alone else n_threads, space)
     return 0
 
 

@@ -125,7 +125,7 @@ SOURCES = [path for folder in ("feste", "tools", "examples", "tests") for path i
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_can_be_held_in_the_head(path):
     lines = path.read_text().count("\n")
-    assert lines <= (1000 if path.name == "_bpe.pyx" else 700), f"{path} has {lines} lines"
+    assert lines <= 700, f"{path} has {lines} lines"
     if path.suffix == ".py" and "tests" not in path.parts:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

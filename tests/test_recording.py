@@ -101,6 +101,43 @@ def test_kernels_that_cannot_be_recorded_say_so_and_a_bad_call_is_not_noted():
     assert ops.sum_of_squares(x, 5) == 5.0  # this thread does not record any more
 
 
+def test_a_run_is_timed_call_by_call():
+    x, out, few = ops.zeros(300, 300), ops.zeros(300, 300), ops.zeros(5)
+    with ops.Recording() as recording:
+        ops.gelu_forward(few, few.copy(), 5)
+        ops.gemm(out, x, x, 300, 300, 300)
+        ops.gelu_forward(few, few.copy(), 5)
+    seconds = np.zeros(3)
+    begun = time.perf_counter()
+    for _ in range(20):
+        recording.run(seconds=seconds)
+    assert (seconds > 0.0).all() and seconds.sum() <= time.perf_counter() - begun
+    assert seconds.argmax() == 1
+    before = seconds.copy()
+    recording.run(0, 1, seconds)
+    assert (seconds > before).tolist() == [True, False, False]
+    for wrong in (np.zeros(2), np.zeros(3, np.float32)):
+        with pytest.raises(ValueError, match="seconds must be"):
+            recording.run(seconds=wrong)
+
+
+@pytest.mark.parametrize("shape", [(300, 40, 70), (40, 300, 70)])
+def test_every_task_is_taken_once_by_teams_of_any_size(shape):
+    """70 members are more than there are tasks, and more than have a share of their own."""
+    (M, N, K), rng, before, seen = shape, np.random.default_rng(0), ops.get_num_threads(), set()
+    a, b = (rng.standard_normal(side, np.float32) for side in ((M, K), (K, N)))
+    try:
+        for threads in (1, 2, 3, 70):
+            ops.set_num_threads(threads)
+            for _ in range(5):
+                c = np.zeros((M, N), np.float32)
+                ops.gemm(c, a, b, M, N, K, accumulate=True)
+                seen.add(c.tobytes())
+    finally:
+        ops.set_num_threads(before)
+    assert len(seen) == 1
+
+
 def test_another_thread_calls_its_kernels_at_once_meanwhile():
     x, out = np.ones(5, np.float32), np.zeros(5, np.float32)
     with ops.Recording() as recording:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from feste.ops import get_num_threads, use
 from feste.tokenizer import BPETokenizer
 
 from . import report
-from .alternation import LIMITS, Figure, alternate, figures, ratios
+from .alternation import LIMITS, Figure, alternate, figures, limit_to, ratios
 from .documents import VOCAB_SIZES
 from .generation import TOKENS
 from .inputs import write_inputs
@@ -460,7 +459,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
     def measure() -> int:
         if args.isa:
-            os.environ.update(LIMITS[args.isa])
+            limit_to(args.isa)
             try:
                 use(args.isa)
             except ImportError as error:

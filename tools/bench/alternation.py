@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +41,21 @@ class Figure:
         return self.to(3)
 
 
-# The environment in which feste, PyTorch, oneDNN and MKL know no newer instruction set than one.
+# The environment in which feste, PyTorch, oneDNN and MKL know no newer instruction set than one. (On AMD's processors
+# MKL takes kernels of its own for float32, which need AVX2, whatever it is told.)
 LIMITS = {isa: dict(zip(("FESTE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), names,
                         strict=True))
           for isa, *names in (("avx512", "avx512", "avx512", "AVX512_CORE_BF16", "AVX512"),
                               ("avx2", "avx2", "avx2", "AVX2", "AVX2"),
                               ("generic", "generic", "default", "SSE41", "SSE4_2"))}
+
+
+def limit_to(isa: str) -> None:
+    """From now on every process that is started here knows no newer instruction set."""
+    # Compiled PyTorch takes what it finds in its cache for its own, and what was made for AVX-512 computes nonsense.
+    cache = tempfile.mkdtemp(prefix=f"torchinductor_{isa}_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ.update(LIMITS[isa], TORCHINDUCTOR_CACHE_DIR=cache)
 
 
 class Unavailable(Exception):

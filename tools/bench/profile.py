@@ -1,7 +1,4 @@
-"""Where the time of a step goes: every kernel call timed, by kernel and by matrix shape.
-
-Each kernel has a team of its own here, so a step takes somewhat longer than one that a single team works through.
-"""
+"""Where the time of a step goes: every call timed, by kernel and by matrix shape, in the team that runs the step."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+
+import numpy as np
 
 import feste.model
 import feste.optim
@@ -22,25 +21,28 @@ from .sizes import SEQUENCES, model_config, step_flops
 from .steps import stepper
 
 
-class Noted:
-    """Stands in for ops.Recording: calls that are timed one by one when they are run."""
+class TimedRecording(ops.Recording):
+    """A recording whose runs are timed call by call, in the team that works through them."""
+
+    def __new__(cls, watch: Stopwatch) -> TimedRecording:
+        return super().__new__(cls)
 
     def __init__(self, watch: Stopwatch) -> None:
-        self.watch, self.calls = watch, []
+        self.watch, self.labels = watch, []
 
-    def __enter__(self) -> Noted:
-        self.watch.noted = self.calls
-        return self
+    def __enter__(self) -> TimedRecording:
+        self.watch.recorded = self.labels
+        return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        self.watch.noted = None
-
-    def __len__(self) -> int:
-        return len(self.calls)
+        self.watch.recorded = None
+        super().__exit__(*error)
 
     def run(self, first: int = 0, end: int | None = None) -> None:
-        for name, kernel, args, kwargs in self.calls[first:end]:
-            self.watch.time(name, kernel, args, kwargs)
+        seconds = np.zeros(len(self))
+        super().run(first, end, seconds)
+        for label, took in list(zip(self.labels, seconds, strict=True))[first:end]:
+            self.watch.add(label, took)
 
 
 class Stopwatch:
@@ -50,29 +52,31 @@ class Stopwatch:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self.flops: dict[str, float] = defaultdict(float)
-        self.noted: list | None = None  # where calls go while they are only noted down
+        self.recorded: list | None = None  # the labels of the calls that are being noted down
         names = {name: getattr(ops, name) for name in dir(ops) if not name.startswith("_")}
         self.ops = SimpleNamespace(**{name: self._timed(name, value) if callable(value) else value
                                       for name, value in names.items()})
-        self.ops.Recording = lambda: Noted(self)
+        self.ops.Recording = lambda: TimedRecording(self)
 
     def _timed(self, name: str, kernel):
         def call(*args, **kwargs):
-            if self.noted is None or name in ("zeros", "get_num_threads"):
-                return self.time(name, kernel, args, kwargs)
-            self.noted.append((name, kernel, args, kwargs))
+            begun = time.perf_counter()
+            result = kernel(*args, **kwargs)
+            if name in ("zeros", "get_num_threads"):
+                return result
+            if self.recorded is None:
+                self.add(_label(name, args), time.perf_counter() - begun)
+            else:
+                self.recorded.append(_label(name, args))
+            return result
         return call
 
-    def time(self, name: str, kernel, args: tuple, kwargs: dict):
-        """Call a kernel; returns what it returns."""
-        begun = time.perf_counter()
-        result = kernel(*args, **kwargs)
-        seconds = time.perf_counter() - begun
-        key, flops = _label(name, args)
+    def add(self, label: tuple[str, float], seconds: float) -> None:
+        """A call of a kernel took so long."""
+        key, flops = label
         self.seconds[key] += seconds
         self.calls[key] += 1
         self.flops[key] += flops
-        return result
 
     def reset(self) -> None:
         for table in (self.seconds, self.calls, self.flops):
@@ -124,6 +128,6 @@ def profile(size: str, precision: str, steps: int = 10) -> str:
         lines.append(f"  {key:42} {watch.calls[key] // steps:4d} calls {1e3 * seconds / steps:9.3f} ms "
                      f"{seconds / total:6.1%}  {rate}")
     between = total - sum(watch.seconds.values())
-    lines.append(f"  {'between the kernels, with the stopwatch':42} {'':10} {1e3 * between / steps:9.3f} ms "
+    lines.append(f"  {'between the kernels':42} {'':10} {1e3 * between / steps:9.3f} ms "
                  f"{between / total:6.1%}")
     return "\n".join(lines)
