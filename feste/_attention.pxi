@@ -50,11 +50,6 @@ cdef inline Strips strips_of_rows(const float* rows, Py_ssize_t ld) noexcept nog
     return Strips(data=rows, ps=MR * ld, rs=ld, cs=1)
 
 
-cdef inline Output written(float* c, Py_ssize_t ld) noexcept nogil:
-    """An output, rows ld apart, that is the product alone."""
-    return Output(c=c, start=NULL, bias=NULL, ld=ld)
-
-
 # ---- the products ------------------------------------------------------------------------------------------
 
 cdef void copy_rows(float* out, const float* x, Py_ssize_t stride, float scale, Py_ssize_t m, Py_ssize_t D) noexcept nogil:

@@ -44,6 +44,8 @@ enum {
     TASK_MC    = 16 * MR,                    /* rows of a that a thread packs for itself: 16 strips x KC floats are 256
                                               * or 192 KB, up to half of L2 (1 MB or 512 KB) */
     TASK_NC    = 4 * NR,                     /* columns of b that a thread packs for itself: 4 panels x KC floats */
+    HALVES_MN  = 1 << 19,                    /* elements of a weight whose gradient is made as the sum of two halves of the batch:
+                                              * the later one's is 2 MB then, as much as two cores have L2 */
     MIN_TILES  = 4,                          /* strips or panels of a task at least: fewer are read in pieces shorter
                                               * than the prefetchers follow, and pass over the whole other side for
                                               * little */

@@ -7,6 +7,9 @@
 #       jr over panels, ir over strips  macro_kernel, micro_kernel
 #
 # Rows of a that are contiguous float32 are never packed: MR streams, each used for every panel, stay in L1.
+#
+# The gradient of a weight, x^T dy, is cut in K as well, which there are the rows of the batch: into an earlier and a later
+# half, whose sums are made apart and added in the end. A member of the team takes the half whose rows it has in its cache.
 
 cdef struct Gemm:
     Output out             # (M, N)
@@ -15,9 +18,12 @@ cdef struct Gemm:
     float* column_sums     # (N) or NULL: the sums of b's columns are added to it
     Py_ssize_t M, N, K
     bint bf16              # round a and b to bfloat16
+    int halves             # 1, or 2 if K is cut into halves
+    float* later           # (M + 1, N): the later half's product and, if wanted, its column sums, until they are added
 
 
 cdef struct Block:         # a part of a product
+    int half               # 0 or 1, the later one
     Py_ssize_t ic, mc      # rows ic .. ic + mc of a and c
     Py_ssize_t jc, nc      # columns jc .. jc + nc of b and c
     Py_ssize_t pc, kc      # columns pc .. pc + kc of a, rows of b
@@ -108,9 +114,12 @@ cdef void pack_b(const Gemm* g, float* panels, Block at, bint add_up) noexcept n
     """
     cdef float sums[TASK_NC]
     cdef float* tile_sums = sums if add_up and g.column_sums != NULL else NULL
+    cdef float* total = (g.column_sums if at.half == 0 else g.later + g.M * g.N) + at.jc
     cdef Matrix b
     cdef Panels out
     cdef Py_ssize_t tile, p, j, rows
+    if tile_sums != NULL and at.half > 0 and at.pc == half_begin(g, at.half):
+        memset(total, 0, at.nc * sizeof(float))
     for tile in range(ceil_div(at.kc, ROW_TILE)):
         p = tile * ROW_TILE
         rows = min(ROW_TILE, at.kc - p)
@@ -123,18 +132,18 @@ cdef void pack_b(const Gemm* g, float* panels, Block at, bint add_up) noexcept n
             pack_panels(out, tile_sums, b, rows, at.nc)
         if tile_sums != NULL:
             for j in range(at.nc):
-                g.column_sums[at.jc + j] += sums[j]
+                total[j] += sums[j]
 
 
 cdef void multiply(const Gemm* g, const float* strips, Panels panels, Block at) noexcept nogil:
     """The rows and columns of a block of c for one block of K, from what pack_a and pack_b made of it."""
-    cdef Output out = output_at(g.out, at.ic, at.jc)
+    cdef Output out = output_at(g.out if at.half == 0 else written(g.later, g.N), at.ic, at.jc)
     cdef Matrix a = matrix_at(g.a, at.ic, at.pc)
     cdef Py_ssize_t lanes = lanes_of(g, at.kc), whole = 0
     cdef Strips packed = Strips(data=strips, ps=strip_stride(g, at.kc), rs=1, cs=MR)  # by pack_strips, or
     if g.bf16 and a.cs == 1:
         packed.rs, packed.cs = words_of(g, at.kc), 1                                  # by pack_rows_bf16
-    if at.pc > 0:  # bias and start went into the first block of K; now c is what the product is added to
+    if at.pc > half_begin(g, at.half):  # bias and start went into the first block; now c is what the product is added to
         out.start, out.bias = out.c, NULL
     if a.cs == 1 and not g.bf16:
         whole = at.mc // MR * MR
@@ -146,7 +155,7 @@ cdef void multiply(const Gemm* g, const float* strips, Panels panels, Block at) 
 
 # ---- the two ways to share out a product -------------------------------------------------------------------
 
-cdef int run_gemm(const Gemm* g) except -1:
+cdef int run_gemm(Gemm* g) except -1:
     """Run a product in the way that suits its shape.
 
     What a task packs for itself is still in its L2 when it multiplies; what all threads pack for all goes out to L3 and
@@ -155,11 +164,19 @@ cdef int run_gemm(const Gemm* g) except -1:
     """
     if g.M == 1 and not g.bf16 and g.column_sums == NULL:
         return row_product(g)
+    g.halves = 2 if halves_pay(g) else 1
     if g.M >= g.N:
         return run(gemm_by_rows, g, sizeof(Gemm),
-                   (shared_panels_size(g) + n_threads * own_strips_size(g)) * sizeof(float), False)
+                   (later_size(g) + g.halves * shared_panels_size(g) + n_threads * own_strips_size(g)) * sizeof(float), False)
     return run(gemm_by_columns, g, sizeof(Gemm),
-               (shared_strips_size(g) + n_threads * own_panels_size(g)) * sizeof(float), False)
+               (later_size(g) + g.halves * shared_strips_size(g) + n_threads * own_panels_size(g)) * sizeof(float), False)
+
+
+cdef inline bint halves_pay(const Gemm* g) noexcept nogil:
+    """Whether to cut K into halves: where both operands come through the cache of whoever wrote them, and are more than the
+    sum of a half that goes to and fro instead. What is decided here is part of the results, so it looks at the shape only."""
+    return (not rows_serve(g) and g.a.rs == 1 and g.b.cs == 1 and g.M * g.N <= HALVES_MN
+            and g.K * (g.M + g.N) >= 4 * g.M * g.N and g.K >= 2 * ROW_TILE)
 
 
 cdef inline Py_ssize_t deepest(const Gemm* g) noexcept nogil:
@@ -167,7 +184,52 @@ cdef inline Py_ssize_t deepest(const Gemm* g) noexcept nogil:
     return min(g.K, depth_of(g))
 
 
-# Work space, in floats: what all threads pack for all comes first, and then what each packs for itself.
+cdef inline Py_ssize_t half_begin(const Gemm* g, Py_ssize_t half) noexcept nogil:
+    """Where a half of K begins; half `halves` begins at its end."""
+    return g.K if half == g.halves else half * (ceil_div(g.K, 2 * ROW_TILE) * ROW_TILE)
+
+
+cdef Block block_of(const Gemm* g, int half, Py_ssize_t pb) noexcept nogil:
+    """Block pb of the depth of a half, all rows and columns; kc <= 0 if the half has none."""
+    cdef Py_ssize_t pc = half_begin(g, half) + pb * depth_of(g)
+    return Block(half=half, ic=0, mc=g.M, jc=0, nc=g.N, pc=pc, kc=min(half_begin(g, half + 1) - pc, depth_of(g)))
+
+
+cdef inline Block column_block(Block all, Py_ssize_t jb) noexcept nogil:
+    """Block jb of the columns of a block."""
+    all.jc, all.nc = jb * NC, min(all.nc - jb * NC, NC)
+    return all
+
+
+cdef inline Block row_block(Block all, Py_ssize_t ib) noexcept nogil:
+    """Block ib of the rows of a block."""
+    all.ic, all.mc = ib * MC, min(all.mc - ib * MC, MC)
+    return all
+
+
+cdef void add_later(const Gemm* g, const Member* me) noexcept nogil:
+    """c, and the column sums, += those of the later half."""
+    cdef Share mine
+    cdef Py_ssize_t i, jb, j, n
+    if g.halves == 1:
+        return
+    barrier(me)
+    mine = share(me, g.M)
+    for i in range(mine.begin, mine.end):
+        for jb in range(ceil_div(g.N, VL)):
+            j = jb * VL
+            n = g.N - j
+            put(g.out.c + i * g.out.ld + j, part(g.out.c + i * g.out.ld + j, n) + part(g.later + i * g.N + j, n), n)
+    if me.thread == 0 and g.column_sums != NULL:
+        for j in range(g.N):
+            g.column_sums[j] += g.later[g.M * g.N + j]
+
+
+# Work space, in floats: the later half's sum and what all threads pack for all come first, then what each packs for itself.
+
+cdef Py_ssize_t later_size(const Gemm* g) noexcept nogil:
+    return ceil_div((g.M + 1) * g.N, PAD) * PAD if g.halves == 2 else 0
+
 
 cdef Py_ssize_t shared_panels_size(const Gemm* g) noexcept nogil:
     return min(ceil_div(g.N, NR), NC // NR) * panel_stride(g, deepest(g))
@@ -190,79 +252,82 @@ cdef void gemm_by_rows(const void* call, const Member* me) noexcept nogil:
 
     Where there are too few rows for all threads, the tasks of a block of rows share out its columns; each packs the rows.
     """
-    cdef const Gemm* g = <const Gemm*>call
-    cdef float* panels = <float*>me.work
-    cdef float* strips = panels + shared_panels_size(g) + me.thread * own_strips_size(g)
-    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), TASK_MC // MR, me.size), column_blocks = 1
-    cdef Py_ssize_t jb, pb, groups, task
+    cdef Gemm own = (<const Gemm*>call)[0]
+    cdef const Gemm* g = &own
+    cdef float* panels = <float*>me.work + later_size(g)
+    cdef float* strips = panels + g.halves * shared_panels_size(g) + me.thread * own_strips_size(g)
+    cdef Py_ssize_t members = ceil_div(me.size, g.halves), column_blocks = 1, jb, pb, groups, task, tasks
+    cdef Py_ssize_t row_blocks = count_blocks(ceil_div(g.M, MR), TASK_MC // MR, members)
     cdef Share mine
-    cdef Block all  # of this turn of jc and pc
-    if row_blocks < (2 * me.size if rows_serve(g) else me.size):
-        column_blocks = min(ceil_div(TASKS_PER_THREAD * me.size, row_blocks), ceil_div(min(g.N, NC), NR))
+    own.later = <float*>me.work
+    if row_blocks < (2 * members if rows_serve(g) else members):
+        column_blocks = min(ceil_div(TASKS_PER_THREAD * members, row_blocks), ceil_div(min(g.N, NC), NR))
+    tasks = row_blocks * column_blocks  # for each half
     for jb in range(ceil_div(g.N, NC)):
-        for pb in range(ceil_div(g.K, depth_of(g))):
+        for pb in range(ceil_div(half_begin(g, 1), depth_of(g))):
             if jb > 0 or pb > 0:
                 barrier(me)  # the panels are in use up to here
-            all = Block(ic=0, mc=g.M, jc=jb * NC, nc=min(g.N - jb * NC, NC), pc=pb * depth_of(g),
-                        kc=min(g.K - pb * depth_of(g), depth_of(g)))
-            groups = count_blocks(ceil_div(all.nc, NR), TASK_NC // NR, me.size)
-            mine = share(me, groups)
+            groups = count_blocks(ceil_div(min(g.N - jb * NC, NC), NR), TASK_NC // NR, members)
+            mine = share(me, g.halves * groups)
             for task in range(mine.begin, mine.end):
-                pack_shared_panels(g, panels, all, task, groups)
+                pack_shared_panels(g, panels, column_block(block_of(g, task // groups, pb), jb), task % groups, groups)
             barrier(me)
-            task = next_task(me, row_blocks * column_blocks)
-            while task < row_blocks * column_blocks:
-                multiply_rows(g, strips, panels, all, cut_rows(all, task // column_blocks, row_blocks),
-                              task % column_blocks, column_blocks)
-                task = next_task(me, row_blocks * column_blocks)
+            task = next_task(me, g.halves * tasks)
+            while task < g.halves * tasks:
+                multiply_rows(g, strips, panels, column_block(block_of(g, task // tasks, pb), jb),
+                              task % tasks // column_blocks, row_blocks, task % column_blocks, column_blocks)
+                task = next_task(me, g.halves * tasks)
+    add_later(g, me)
 
 
 cdef void pack_shared_panels(const Gemm* g, float* panels, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
     """Pack one of so many parts of the columns of a block into its place among the panels of all of them."""
     cdef Block at = cut_columns(all, part, parts)
-    pack_b(g, panels + (at.jc - all.jc) // NR * panel_stride(g, all.kc), at, True)
+    pack_b(g, panels + all.half * shared_panels_size(g) + (at.jc - all.jc) // NR * panel_stride(g, all.kc), at, True)
 
 
-cdef void multiply_rows(const Gemm* g, float* strips, float* panels, Block all, Block rows, Py_ssize_t part,
-                        Py_ssize_t parts) noexcept nogil:
-    """A task of gemm_by_rows: one of so many parts of the columns of some rows; panels hold all columns."""
-    cdef Block at = cut_columns(rows, part, parts)
+cdef void multiply_rows(const Gemm* g, float* strips, const float* panels, Block all, Py_ssize_t row, Py_ssize_t rows,
+                        Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
+    """A task of gemm_by_rows: one of so many parts of the rows and of the columns of a block; panels hold all columns."""
+    cdef Block at = cut_columns(cut_rows(all, row, rows), column, columns)
     cdef Py_ssize_t ps = panel_stride(g, at.kc)
-    if at.nc > 0:
+    panels += all.half * shared_panels_size(g) + (at.jc - all.jc) // NR * ps
+    if at.kc > 0 and at.nc > 0:
         pack_a(g, strips, at)
-        multiply(g, strips, Panels(data=panels + (at.jc - all.jc) // NR * ps, ps=ps), at)
+        multiply(g, strips, Panels(data=<float*>panels, ps=ps), at)
 
 
 cdef void gemm_by_columns(const void* call, const Member* me) noexcept nogil:
     """All threads pack what of a needs packing for all; a task takes some columns of b, which it packs for itself."""
-    cdef const Gemm* g = <const Gemm*>call
-    cdef float* strips = <float*>me.work
-    cdef float* panels = strips + shared_strips_size(g) + me.thread * own_panels_size(g)
-    cdef Py_ssize_t column_blocks = count_blocks(ceil_div(g.N, NR), TASK_NC // NR, me.size)
-    cdef Py_ssize_t ib, pb, groups, task
+    cdef Gemm own = (<const Gemm*>call)[0]
+    cdef const Gemm* g = &own
+    cdef float* strips = <float*>me.work + later_size(g)
+    cdef float* panels = strips + g.halves * shared_strips_size(g) + me.thread * own_panels_size(g)
+    cdef Py_ssize_t members = ceil_div(me.size, g.halves), ib, pb, groups, task
+    cdef Py_ssize_t tasks = count_blocks(ceil_div(g.N, NR), TASK_NC // NR, members)  # for each half
     cdef Share mine
-    cdef Block all  # of this turn of ic and pc
+    own.later = <float*>me.work
     for ib in range(ceil_div(g.M, MC)):
-        for pb in range(ceil_div(g.K, depth_of(g))):
+        for pb in range(ceil_div(half_begin(g, 1), depth_of(g))):
             if ib > 0 or pb > 0:
                 barrier(me)  # the strips are in use up to here
-            all = Block(ic=ib * MC, mc=min(g.M - ib * MC, MC), jc=0, nc=g.N, pc=pb * depth_of(g),
-                        kc=min(g.K - pb * depth_of(g), depth_of(g)))
-            groups = count_blocks(ceil_div(all.mc, MR), TASK_MC // MR, me.size)
-            mine = share(me, groups)
+            groups = count_blocks(ceil_div(min(g.M - ib * MC, MC), MR), TASK_MC // MR, members)
+            mine = share(me, g.halves * groups)
             for task in range(mine.begin, mine.end):
-                pack_shared_strips(g, strips, all, task, groups)
+                pack_shared_strips(g, strips, row_block(block_of(g, task // groups, pb), ib), task % groups, groups)
             barrier(me)
-            task = next_task(me, column_blocks)
-            while task < column_blocks:
-                multiply_columns(g, strips, panels, cut_columns(all, task, column_blocks))
-                task = next_task(me, column_blocks)
+            task = next_task(me, g.halves * tasks)
+            while task < g.halves * tasks:
+                multiply_columns(g, strips, panels,
+                                 cut_columns(row_block(block_of(g, task // tasks, pb), ib), task % tasks, tasks))
+                task = next_task(me, g.halves * tasks)
+    add_later(g, me)
 
 
 cdef void pack_shared_strips(const Gemm* g, float* strips, Block all, Py_ssize_t part, Py_ssize_t parts) noexcept nogil:
     """Pack one of so many parts of the rows of a block into its place among the strips of all of them."""
     cdef Block at = cut_rows(all, part, parts)
-    pack_a(g, strips + (at.ic - all.ic) // MR * strip_stride(g, all.kc), at)
+    pack_a(g, strips + all.half * shared_strips_size(g) + (at.ic - all.ic) // MR * strip_stride(g, all.kc), at)
 
 
 cdef void multiply_columns(const Gemm* g, const float* strips, float* panels, Block at) noexcept nogil:
@@ -270,8 +335,9 @@ cdef void multiply_columns(const Gemm* g, const float* strips, float* panels, Bl
 
     Columns of b are packed once for each block of M, but their sums are added up only for the first.
     """
-    pack_b(g, panels, at, at.ic == 0)
-    multiply(g, strips, Panels(data=panels, ps=panel_stride(g, at.kc)), at)
+    if at.kc > 0:
+        pack_b(g, panels, at, at.ic == 0)
+        multiply(g, strips + at.half * shared_strips_size(g), Panels(data=panels, ps=panel_stride(g, at.kc)), at)
 
 
 def gemm(cnp.ndarray c, cnp.ndarray a, cnp.ndarray b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,

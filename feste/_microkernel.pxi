@@ -28,6 +28,11 @@ cdef struct Panels:        # the right operand: [ceil(n / NR)][k][NR], zero beyo
     Py_ssize_t ps          # from a panel to the next
 
 
+cdef inline Output written(float* c, Py_ssize_t ld) noexcept nogil:
+    """An output, rows ld apart, that is the product alone."""
+    return Output(c=c, start=NULL, bias=NULL, ld=ld)
+
+
 cdef inline Output output_at(Output out, Py_ssize_t i, Py_ssize_t j) noexcept nogil:
     """The part of an output that begins at row i and column j."""
     out.c += i * out.ld + j

@@ -36,8 +36,8 @@ from openmp cimport omp_get_max_threads, omp_get_num_threads, omp_get_wtime
 
 cdef extern from "_blocks.h" nogil:
     enum:  # each with its reason, and its value for every instruction set, in that file
-        VL, MR, NV, NR, PAIR_WORDS, KC, NC, MC, TASK_MC, TASK_NC, MIN_TILES, TASKS_PER_THREAD, PAD, PREFETCH_ROWS, ROW_PRODUCT_K
-        QUERIES, ROW_TILE, ROWS_AT_ONCE, SUM_TILE, SERIAL, SERIAL_WEIGHT
+        VL, MR, NV, NR, PAIR_WORDS, KC, NC, MC, TASK_MC, TASK_NC, HALVES_MN, MIN_TILES, TASKS_PER_THREAD, PAD, PREFETCH_ROWS
+        ROW_PRODUCT_K, QUERIES, ROW_TILE, ROWS_AT_ONCE, SUM_TILE, SERIAL, SERIAL_WEIGHT
 
 cdef extern from "_simd.h" nogil:
     ctypedef float vf    # a vector of VL floats; Cython need only know that it adds and multiplies
