@@ -114,12 +114,14 @@ cdef void pack_b(const Gemm* g, float* panels, Block at, bint add_up) noexcept n
     """
     cdef float sums[TASK_NC]
     cdef float* tile_sums = sums if add_up and g.column_sums != NULL else NULL
-    cdef float* total = (g.column_sums if at.half == 0 else g.later + g.M * g.N) + at.jc
+    cdef float* total = NULL
     cdef Matrix b
     cdef Panels out
     cdef Py_ssize_t tile, p, j, rows
-    if tile_sums != NULL and at.half > 0 and at.pc == half_begin(g, at.half):
-        memset(total, 0, at.nc * sizeof(float))
+    if tile_sums != NULL:
+        total = (g.column_sums if at.half == 0 else g.later + g.M * g.N) + at.jc
+        if at.half > 0 and at.pc == half_begin(g, at.half):
+            memset(total, 0, at.nc * sizeof(float))
     for tile in range(ceil_div(at.kc, ROW_TILE)):
         p = tile * ROW_TILE
         rows = min(ROW_TILE, at.kc - p)
