@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and that a worker measures what it says."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 import feste.model
 from feste import GPT2, ops
-from tools.bench.alternation import LIMITS, Figure, Unavailable, alternate, figures, ratios, run_worker
+from tools.bench.alternation import LIMITS, Figure, Unavailable, alternate, figures, limit_to, ratios, run_worker
 from tools.bench.inputs import write_inputs
 from tools.bench.profile import profile
 from tools.bench.sizes import SIZES, gemm_shapes, model_config, step_flops
@@ -61,6 +62,19 @@ def test_the_instruction_set_of_a_measurement(tmp_path):
     subprocess.run([sys.executable, "-m", "tools.bench", *command, "--peers", "--json", str(path)], check=True,
                    cwd=ROOT, capture_output=True)
     assert json.loads(path.read_text())["machine"]["isa"] == isa
+
+
+def test_limited_peers_have_a_cache_of_their_own(monkeypatch):
+    """What PyTorch has compiled for a newer instruction set must not be found."""
+    for name in ("FESTE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+                 "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "what the user has")
+    caches = []
+    for isa in ("avx2", "avx2"):
+        limit_to(isa)
+        caches.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert os.environ["FESTE_ISA"] == "avx2" and os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert len(set(caches)) == 2 and all(os.listdir(cache) == [] for cache in caches)
 
 
 def test_a_profile_names_every_kernel_of_a_step():
