@@ -49,7 +49,7 @@ def rank_kills(folder: Path, count: int, seed: int = 0) -> Tally:
         if not begun:
             shutil.rmtree(run_dir, ignore_errors=True)
         seconds = _kill_one(mpiexec(ranks, ["--resume", str(run_dir)] if begun else new), run_dir, rng)
-        if seconds is None:  # the run came to its end first
+        if seconds is None or (run_dir / FINAL).exists():  # the run came to its end first
             tally.note += _unlike(run_dir, whole, folder, steps, settings)
             shutil.rmtree(run_dir)
             continue
