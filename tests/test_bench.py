@@ -86,6 +86,12 @@ def test_a_profile_names_every_kernel_of_a_step():
     assert feste.model.ops is ops and feste.transformer.ops is ops
 
 
+def test_a_profile_can_be_taken_of_another_instruction_set():
+    command = ["where", "--isa", ops.available_isas[-1], "--sizes", "tiny", "--precisions", "fp32"]
+    done = subprocess.run([sys.executable, "-m", "tools.bench", *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "attention_backward" in done.stdout, done.stderr
+
+
 def test_results_as_json(tmp_path):
     path = tmp_path / "results.json"
     done = subprocess.run([sys.executable, "-m", "tools.bench", "steps", "--sizes", "tiny", "--rounds", "1", "--peers",
