@@ -244,6 +244,15 @@ def test_a_signal_after_the_last_step_ends_a_finished_run(folder, tmp_path, numb
     assert verify(tmp_path / "run" / "checkpoint_final.bin") == 30
 
 
+@pytest.fixture
+def not_under_nohup():
+    """Processes that are started end at SIGHUP, even if the tests themselves were started under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("not_under_nohup")
 def test_sighup_under_nohup_is_ignored_and_otherwise_saves(folder, tmp_path):
     code, _, _ = run(arguments(folder, tmp_path / "plain"), phase="step", at=7, signals=[signal.SIGHUP])
     assert code == 129 and verify(find_checkpoint(tmp_path / "plain")[0]) == 7
@@ -253,6 +262,7 @@ def test_sighup_under_nohup_is_ignored_and_otherwise_saves(folder, tmp_path):
     assert process.returncode == 0 and len(history(tmp_path / "nohup")) == 30
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 def test_a_terminal_that_closes_saves(folder, tmp_path):
     argv = arguments(folder, tmp_path / "run", num_steps=100_000)
     master, slave = os.openpty()
