@@ -147,7 +147,7 @@ cdef void multiply(const Gemm* g, const float* strips, Panels panels, Block at) 
         packed.rs, packed.cs = words_of(g, at.kc), 1                                  # by pack_rows_bf16
     if at.pc > half_begin(g, at.half):  # bias and start went into the first block; now c is what the product is added to
         out.start, out.bias = out.c, NULL
-    if a.cs == 1 and not g.bf16:
+    if rows_serve(g):
         whole = at.mc // MR * MR
         macro_kernel(out, Strips(data=a.data, ps=MR * a.rs, rs=a.rs, cs=1), panels, whole, at.nc, lanes, False)
     if whole < at.mc:
@@ -177,7 +177,7 @@ cdef int run_gemm(Gemm* g) except -1:
 cdef inline bint halves_pay(const Gemm* g) noexcept nogil:
     """Whether to cut K into halves: where both operands come through the cache of whoever wrote them, and are more than the
     sum of a half that goes to and fro instead. What is decided here is part of the results, so it looks at the shape only."""
-    return (not rows_serve(g) and g.a.rs == 1 and g.b.cs == 1 and g.M * g.N <= HALVES_MN
+    return (g.a.rs == 1 and g.b.cs == 1 and g.M * g.N <= HALVES_MN
             and g.K * (g.M + g.N) >= 4 * g.M * g.N and g.K >= 2 * ROW_TILE)
 
 
@@ -192,9 +192,9 @@ cdef inline Py_ssize_t half_begin(const Gemm* g, Py_ssize_t half) noexcept nogil
 
 
 cdef Block block_of(const Gemm* g, int half, Py_ssize_t pb) noexcept nogil:
-    """Block pb of the depth of a half, all rows and columns; kc <= 0 if the half has none."""
-    cdef Py_ssize_t pc = half_begin(g, half) + pb * depth_of(g)
-    return Block(half=half, ic=0, mc=g.M, jc=0, nc=g.N, pc=pc, kc=min(half_begin(g, half + 1) - pc, depth_of(g)))
+    """Block pb of the depth of a half, all rows and columns; its kc is 0 if a later half has a block less than the earlier."""
+    cdef Py_ssize_t end = half_begin(g, half + 1), pc = min(end, half_begin(g, half) + pb * depth_of(g))
+    return Block(half=half, ic=0, mc=g.M, jc=0, nc=g.N, pc=pc, kc=min(end - pc, depth_of(g)))
 
 
 cdef inline Block column_block(Block all, Py_ssize_t jb) noexcept nogil:

@@ -69,7 +69,9 @@ def gemm_cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    for rows, K, N in [(1, 1, 1), (1, 70, 100), (5, 3, 7), (64, 64, 192), (67, 33, 65)]:
+    # The last three have halves of two blocks and of one, in float32 and in bfloat16, by columns and by rows.
+    for rows, K, N in [(1, 1, 1), (1, 70, 100), (5, 3, 7), (64, 64, 192), (67, 33, 65), (1050, 21, 33), (2100, 21, 33),
+                       (1050, 43, 20)]:
         for bf16 in (False, True):
             label = f"{rows}x{K}x{N}{'-bf16' * bf16}"
             for residual, bias in ((None, normal(N)), (normal(rows, N), normal(N)), (normal(rows, N), None)):
