@@ -47,8 +47,10 @@ def environment(folder):
 
 
 def pipe(folder, *arguments, lines):
-    return subprocess.run([sys.executable, "-m", "tools.repl", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          input=lines if isinstance(lines, bytes) else lines.encode(), env=environment(folder))
+    """The REPL in a folder without runs of its own: the checkout may have some in data."""
+    return subprocess.run([sys.executable, "-m", "tools.repl", *map(str, arguments)], cwd=folder, capture_output=True,
+                          input=lines if isinstance(lines, bytes) else lines.encode(),
+                          env=environment(folder) | {"PYTHONPATH": str(ROOT)})
 
 
 def completion(loaded, prompt, tokens, **how):
